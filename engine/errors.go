@@ -1,0 +1,63 @@
+package engine
+
+import "fmt"
+
+// Kind is a kind of error, and itself an error, so that callers decide with
+// errors.Is(err, engine.KeyNotFound). Its text is for logs; protocols have
+// words of their own.
+type Kind string
+
+// Error makes a Kind usable as an error.
+func (k Kind) Error() string { return "engine: " + string(k) }
+
+// The kinds of errors. Everything the engine returns that is not wrapped in
+// one of these is an internal failure.
+const (
+	MissingParameter   Kind = "a required parameter is missing"
+	InvalidParameter   Kind = "a parameter is not valid"
+	KeyNotFound        Kind = "no such key"
+	AliasNotFound      Kind = "no such alias"
+	UnsupportedOrigin  Kind = "the key's origin does not allow it"
+	UnsupportedAlias   Kind = "an alias is not allowed here"
+	UnsupportedOp      Kind = "operation is not supported"
+	InvalidKeyMaterial Kind = "key material is invalid"
+	InvalidImportToken Kind = "import token is invalid"
+	ExpiredImportToken Kind = "import token is expired"
+	InvalidCiphertext  Kind = "ciphertext is invalid"
+	StateModified      Kind = "the key's state does not allow it"
+	KeyDisabled        Kind = "key is disabled"
+	KeyPendingDeletion Kind = "key is pending deletion"
+	KeyPendingImport   Kind = "key is pending import"
+	LimitExceeded      Kind = "a limit is exceeded"
+	Unavailable        Kind = "service is unavailable"
+	Internal           Kind = "internal failure"
+)
+
+// Error is what every method of Engine returns when it fails.
+type Error struct {
+	Kind      Kind
+	Parameter string // for MissingParameter and InvalidParameter: which one
+	Hint      string // safe to show to the caller, "" if there is nothing to say
+	cause     error  // for logs only; nil for every refused key material
+}
+
+// Error is for logs. It never holds key material, a PIN or a plaintext.
+func (e *Error) Error() string {
+	s := e.Kind.Error()
+	if e.Parameter != "" {
+		s += ": " + e.Parameter
+	}
+	if e.Hint != "" {
+		s += ": " + e.Hint
+	}
+	if e.cause != nil {
+		s += fmt.Sprintf(": %v", e.cause)
+	}
+	return s
+}
+
+// Is reports whether target is the kind of e.
+func (e *Error) Is(target error) bool { return target == e.Kind }
+
+// Unwrap returns the cause, if it may be known.
+func (e *Error) Unwrap() error { return e.cause }

@@ -1,0 +1,204 @@
+// Package store defines what the engine needs of a database.
+//
+// A store keeps rows and compares revisions; it interprets nothing and trusts
+// nothing. Every Key row carries a MAC that only the token can make and that
+// the engine checks, so a store need not be honest, only durable.
+//
+// Start with Store. Every implementation passes storetest.Run.
+package store
+
+import (
+	"context"
+	"errors"
+	"time"
+)
+
+// Kinds of errors. An implementation wraps them; anything else a method
+// returns is a failure of the database and says nothing of what was stored.
+var (
+	// ErrNotFound: there is no such row.
+	ErrNotFound = errors.New("store: not found")
+	// ErrExists: a row with that identifier is there already.
+	ErrExists = errors.New("store: exists already")
+	// ErrConflict: the row has changed since it was read. Read it again.
+	ErrConflict = errors.New("store: changed since it was read")
+	// ErrNoPair: no ready pair is left; generate one.
+	ErrNoPair = errors.New("store: no wrapping pair is ready")
+	// ErrUnavailable: the database is locked, full or gone; the change was
+	// not made, or (after a lost commit) is not known to have been made.
+	ErrUnavailable = errors.New("store: unavailable")
+)
+
+// Key is the row of one CMK. Times are UTC with a precision of one second;
+// the zero time means none and is stored as such.
+type Key struct {
+	KeyID        string
+	KeyVersionID string // unique; ciphertexts carry it
+	Revision     int64  // 1 when created; every update adds one
+	Spec         string
+	State        string
+	Description  string
+	CreatedAt    time.Time
+	DeleteAt     time.Time // scheduled deletion, in state PendingDeletion only
+
+	// Identity of the material. It stays after the material is gone.
+	KCV                 []byte // 3 bytes, nil if nothing was ever imported
+	MaterialID          []byte // 32 bytes, nil likewise
+	CheckValueAlgorithm string
+	CheckValue          []byte
+
+	// The material itself: hsm.Material encoded, nil when there is none.
+	Material          []byte
+	ExpireAt          time.Time // zero: never
+	WrappingAlgorithm string
+	PairID            []byte // 16 bytes
+	PairFingerprint   []byte // 32 bytes
+
+	MAC []byte // 32 bytes over all of the above, Revision included
+}
+
+// Pair is the row of one wrapping pair, whose private half is in the token.
+// A pair is ready from AddPair until BindPair first takes it.
+type Pair struct {
+	ID          [16]byte
+	Spec        string
+	Algorithm   string
+	Fingerprint [32]byte // SHA-256 of the SubjectPublicKeyInfo
+	CreatedAt   time.Time
+	BoundAt     time.Time // zero while ready
+	ExpiresAt   time.Time // zero while ready; else of the last token bound to it
+}
+
+// ImportToken is the row of one import token: it binds a pair to a CMK.
+type ImportToken struct {
+	ID        [16]byte
+	KeyID     string
+	Pair      Pair
+	IssuedAt  time.Time
+	ExpiresAt time.Time
+	Failures  int // of unwraps with it, so far
+}
+
+// BindRequest asks for a pair for a new import token.
+type BindRequest struct {
+	TokenID   [16]byte
+	KeyID     string
+	Spec      string
+	Algorithm string
+	Now       time.Time
+	ExpiresAt time.Time // of the token, and so of the pair
+
+	// Bound is how many bound, unexpired pairs of this spec and algorithm
+	// there may be before pairs are shared.
+	Bound int
+	// ShareSince: beyond Bound, the newest pair bound at or after this time
+	// is shared. Zero: pairs are never shared.
+	ShareSince time.Time
+}
+
+// Usage counts the AES-GCM encryptions under one CMK's material.
+type Usage struct {
+	KeyID string
+	Uses  uint64
+	Boot  uint64 // the Store.NextBoot number under which it was written
+	MAC   []byte // 32 bytes
+}
+
+// Nonce is a signature nonce that must not be used again before it expires.
+type Nonce struct {
+	AccessKeyID string
+	Value       string
+	ExpiresAt   time.Time
+}
+
+// KeyFilter selects rows of ListKeys: each non-empty list must contain the
+// row's value.
+type KeyFilter struct {
+	KeyIDs, States, Specs []string
+}
+
+// PairCount is how many pairs of one spec and algorithm there are.
+type PairCount struct {
+	Spec, Algorithm string
+	Ready           int
+	Bound           int // bound and not expired
+	LastBoundAt     time.Time
+}
+
+// Store is a database of CMKs. All methods are safe for concurrent use.
+//
+// A method that writes returns nil only when the change is durable: it
+// survives the loss of power that follows at once. A context that ends bounds
+// the waiting; a write given up that way may still take effect, as a whole.
+// Callers own the slices they pass and get.
+type Store interface {
+	// CreateKey adds a row with Revision 1. ErrExists.
+	CreateKey(ctx context.Context, key Key) error
+	// Key returns a row. ErrNotFound.
+	Key(ctx context.Context, keyID string) (Key, error)
+	// KeyByVersion returns the row with that KeyVersionID. ErrNotFound.
+	KeyByVersion(ctx context.Context, versionID string) (Key, error)
+	// UpdateKey replaces the row if the stored Revision is key.Revision-1.
+	// ErrConflict if it is not, ErrNotFound if there is no row.
+	UpdateKey(ctx context.Context, key Key) error
+	// DeleteKey removes the row, its usage and its import tokens if the
+	// stored Revision is revision. ErrConflict, ErrNotFound.
+	DeleteKey(ctx context.Context, keyID string, revision int64) error
+	// ListKeys returns rows in order of creation, then KeyID, and how many
+	// match in all.
+	ListKeys(ctx context.Context, filter KeyFilter, offset, limit int) (keys []Key, total int, err error)
+	// DueKeys returns at most limit rows that have material with ExpireAt, or
+	// a DeleteAt, at or before now, the earliest first.
+	DueKeys(ctx context.Context, now time.Time, limit int) ([]Key, error)
+
+	// AddPair adds a ready pair. ErrExists.
+	AddPair(ctx context.Context, pair Pair) error
+	// BindPair takes the oldest ready pair, or shares one, as BindRequest
+	// says, and adds the import token, in one transaction. ErrNoPair when
+	// there is neither; the error says whether the bound was the reason by
+	// wrapping ErrBound as well.
+	BindPair(ctx context.Context, req BindRequest) (ImportToken, error)
+	// LoadImport returns a CMK's row and an import token's in one read, as of
+	// one moment. The token need not be of that CMK: the caller compares.
+	// ErrNotFound if the CMK is not there; a token with a zero ID if it is not.
+	LoadImport(ctx context.Context, keyID string, tokenID [16]byte) (Key, ImportToken, error)
+	// CountFailure adds one to a token's failures and returns the sum.
+	// ErrNotFound.
+	CountFailure(ctx context.Context, tokenID [16]byte) (int, error)
+	// Pairs returns every pair, or with due set at most limit of those whose
+	// ExpiresAt is at or before it.
+	Pairs(ctx context.Context, due time.Time, limit int) ([]Pair, error)
+	// PairCounts counts pairs as of now.
+	PairCounts(ctx context.Context, now time.Time) ([]PairCount, error)
+	// RetirePair makes a ready pair one that BindPair never takes and that
+	// is due at once. A pair that is bound stays as it is: ErrConflict.
+	RetirePair(ctx context.Context, id [16]byte, now time.Time) error
+	// DeletePair removes a pair and every import token bound to it. It is no
+	// error if it is gone already.
+	DeletePair(ctx context.Context, id [16]byte) error
+
+	// NextBoot returns a number greater than any it returned before.
+	NextBoot(ctx context.Context) (uint64, error)
+	// Usage returns a CMK's usage. ErrNotFound.
+	Usage(ctx context.Context, keyID string) (Usage, error)
+	// PutUsages stores usages in one transaction, replacing smaller counts
+	// only: a row whose stored Uses is greater stays. Usages of CMKs that are
+	// gone are ignored.
+	PutUsages(ctx context.Context, usages []Usage) error
+
+	// AddNonce remembers a nonce until it expires and reports whether it was
+	// new. An expired one counts as new.
+	AddNonce(ctx context.Context, nonce Nonce, now time.Time) (fresh bool, err error)
+	// DeleteNonces forgets those that have expired at now.
+	DeleteNonces(ctx context.Context, now time.Time) error
+
+	// Instance returns a random identifier, made when the database was:
+	// 16 hexadecimal digits.
+	Instance(ctx context.Context) (string, error)
+	// Close releases everything. Calls under way fail or finish.
+	Close() error
+}
+
+// ErrBound is wrapped beside ErrNoPair when the bound on outstanding pairs is
+// reached and there is no pair that may be shared.
+var ErrBound = errors.New("store: bound on outstanding wrapping pairs is reached")

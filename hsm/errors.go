@@ -1,0 +1,42 @@
+package hsm
+
+import "errors"
+
+// Kinds of errors. Every error of this package wraps at most one of them, so
+// that a caller decides with errors.Is and never by text.
+var (
+	// ErrInvalidMaterial is the one answer to wrapped material that does not
+	// decrypt, has the wrong length or was made for another pair. It wraps
+	// nothing and says nothing more: more would be a padding oracle.
+	ErrInvalidMaterial = errors.New("hsm: key material is invalid")
+
+	// ErrUnavailable: the token is gone, sick or being reopened, and the
+	// context ended before it came back. The same call may succeed later.
+	ErrUnavailable = errors.New("hsm: token is unavailable")
+
+	// ErrPIN: the token refused the PIN. It was tried once; nothing is tried
+	// again until a person has acted and the Token is opened anew.
+	ErrPIN = errors.New("hsm: token refused the PIN")
+
+	// ErrUnsupported: this token cannot do it, and nothing else will do it
+	// in its place. The message names what is missing.
+	ErrUnsupported = errors.New("hsm: not supported by this token")
+
+	// ErrPairNotFound: the token has no such wrapping pair.
+	ErrPairNotFound = errors.New("hsm: no such wrapping pair")
+
+	// ErrUntrusted: an object of the token, or a stored record, is not what
+	// Keyferry made. The message names the attribute or the fingerprint.
+	ErrUntrusted = errors.New("hsm: refused as not ours")
+
+	// ErrKeyLost: the session object behind a Key died with its session. The
+	// material is not lost: open it again.
+	ErrKeyLost = errors.New("hsm: key handle is gone")
+
+	// ErrAuthentication: a ciphertext, its nonce, its tag or its associated
+	// data is not what was encrypted.
+	ErrAuthentication = errors.New("hsm: message authentication failed")
+
+	// ErrClosed: the Token was closed.
+	ErrClosed = errors.New("hsm: token is closed")
+)
