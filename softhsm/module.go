@@ -1,0 +1,91 @@
+// Package softhsm finds and sets up SoftHSM2, the software token on which
+// Keyferry is developed and tested.
+//
+// A test calls [New] and has a throw-away token. A program that brings its own
+// token up, as "keyferryd dev" does, calls [FindModule] and [WriteConf].
+//
+// SoftHSM2 keeps its tokens in files that whoever holds them and a PIN can
+// read and edit. It is for development and tests; nothing here makes it more.
+package softhsm
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+)
+
+// ModuleEnv names the environment variable that overrides the search of
+// FindModule.
+const ModuleEnv = "KEYFERRY_SOFTHSM_MODULE"
+
+// ErrNoModule is the answer of FindModule where SoftHSM2 is not installed.
+var ErrNoModule = errors.New("softhsm: libsofthsm2.so not found: run \"make deps\", or name it in " + ModuleEnv)
+
+// FindModule answers the path of the PKCS#11 library of SoftHSM2: the one that
+// ModuleEnv names, else the private copy of "make deps" in the source tree,
+// else where distributions put it. What ModuleEnv names is never replaced by
+// anything else: if it is not there, that is an error.
+//
+// The working directory is not looked at, so that nobody can have a library
+// loaded by leaving it where a program is started.
+func FindModule() (string, error) {
+	if path := os.Getenv(ModuleEnv); path != "" {
+		if !isFile(path) {
+			return "", fmt.Errorf("softhsm: %s names %s, which is no file", ModuleEnv, path)
+		}
+		return filepath.Abs(path)
+	}
+	for _, pattern := range slices.Concat(privateModules(), distributionModules) {
+		matches, err := filepath.Glob(pattern)
+		if err != nil {
+			return "", fmt.Errorf("softhsm: looking for %s: %w", pattern, err)
+		}
+		for _, path := range matches {
+			if isFile(path) {
+				return path, nil
+			}
+		}
+	}
+	return "", ErrNoModule
+}
+
+// distributionModules is where packages put the module; softhsm/deps.sh has
+// the same list.
+var distributionModules = []string{
+	"/usr/lib/softhsm/libsofthsm2.so",                   // Debian, Ubuntu, Arch, Alpine
+	"/usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so",      // Debian, multiarch
+	"/usr/lib64/softhsm/libsofthsm2.so",                 // openSUSE
+	"/usr/lib64/pkcs11/libsofthsm2.so",                  // Fedora, RHEL
+	"/usr/local/lib/softhsm/libsofthsm2.so",             // from source
+	"/opt/homebrew/lib/softhsm/libsofthsm2.so",          // Homebrew
+	"/run/current-system/sw/lib/softhsm/libsofthsm2.so", // NixOS
+}
+
+// privateModules is where "make deps" unpacks the distribution's package for a
+// user who is not root: below the source tree, which is found from where this
+// file was compiled (tests) or from where the program lies (bin/, which is
+// built without source paths).
+func privateModules() []string {
+	var roots []string
+	if _, file, _, ok := runtime.Caller(0); ok && filepath.IsAbs(file) {
+		roots = append(roots, filepath.Dir(filepath.Dir(file)))
+	}
+	if exe, err := os.Executable(); err == nil {
+		if exe, err = filepath.EvalSymlinks(exe); err == nil {
+			roots = append(roots, filepath.Dir(filepath.Dir(exe)))
+		}
+	}
+	var patterns []string
+	for _, root := range roots {
+		patterns = append(patterns, filepath.Join(root, "build/deps/usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so"))
+	}
+	return patterns
+}
+
+func isFile(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode().IsRegular()
+}
