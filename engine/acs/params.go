@@ -1,0 +1,161 @@
+package acs
+
+import (
+	"bytes"
+	"encoding/json"
+	"maps"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"unicode/utf8"
+)
+
+// The content types of bodies that carry parameters.
+const (
+	typeForm = "application/x-www-form-urlencoded"
+	typeJSON = "application/json"
+)
+
+// parseForm reads a query or a form body. A name given twice is refused: which
+// of the two values counts would be the sender's guess against the signer's.
+func parseForm(s string) (map[string]string, error) {
+	values, err := url.ParseQuery(s)
+	if err != nil {
+		return nil, fail(ErrParameters, "query or form body is not URL-encoded")
+	}
+	params := make(map[string]string, len(values))
+	for name, v := range values {
+		if !utf8.ValidString(name) || !utf8.ValidString(v[0]) {
+			return nil, fail(ErrParameters, "query or form body is not UTF-8")
+		}
+		if len(v) > 1 {
+			return nil, fail(ErrDuplicate, name)
+		}
+		params[name] = v[0]
+	}
+	return params, nil
+}
+
+// parseJSON reads an object whose members are parameters.
+func parseJSON(body []byte) (map[string]string, error) {
+	malformed := fail(ErrParameters, "body is not a JSON object")
+	if !utf8.Valid(body) {
+		return nil, malformed
+	}
+	d := json.NewDecoder(bytes.NewReader(body))
+	if t, err := d.Token(); err != nil || t != json.Delim('{') {
+		return nil, malformed
+	}
+	params := make(map[string]string)
+	for d.More() {
+		t, err := d.Token()
+		if err != nil {
+			return nil, malformed
+		}
+		name := t.(string) // a member's name is always one
+		var value json.RawMessage
+		if d.Decode(&value) != nil {
+			return nil, malformed
+		}
+		if _, ok := params[name]; ok {
+			return nil, fail(ErrDuplicate, name)
+		}
+		if string(value) == "null" {
+			continue
+		}
+		params[name] = jsonText(value)
+	}
+	if _, err := d.Token(); err != nil || len(bytes.TrimSpace(body[d.InputOffset():])) != 0 {
+		return nil, malformed
+	}
+	return params, nil
+}
+
+// jsonText is what a valid JSON value would be as a query parameter.
+func jsonText(value json.RawMessage) string {
+	var s string
+	if json.Unmarshal(value, &s) == nil {
+		return s
+	}
+	var b bytes.Buffer
+	_ = json.Compact(&b, value) // cannot fail, the decoder has read it
+	return b.String()
+}
+
+// bodyParams reads the parameters of a body by its content type, as far as
+// the scheme allows that type.
+func bodyParams(r *http.Request, body []byte, types ...string) (map[string]string, error) {
+	if len(body) == 0 {
+		return nil, nil
+	}
+	ct, err := one(r.Header, "Content-Type")
+	if err != nil {
+		return nil, err
+	}
+	ct, _, err = mime.ParseMediaType(ct)
+	switch {
+	case err != nil || !slices.Contains(types, ct):
+		return nil, fail(ErrParameters, "Content-Type of the body must be "+strings.Join(types, " or "))
+	case ct == typeJSON:
+		return parseJSON(body)
+	default:
+		return parseForm(string(body))
+	}
+}
+
+// requestParams are those of the query and of the body together.
+func requestParams(r *http.Request, body []byte, types ...string) (all, query map[string]string, err error) {
+	query, err = parseForm(r.URL.RawQuery)
+	if err != nil {
+		return nil, nil, err
+	}
+	inBody, err := bodyParams(r, body, types...)
+	if err != nil {
+		return nil, nil, err
+	}
+	all = maps.Clone(query)
+	for name, value := range inBody {
+		if _, ok := all[name]; ok {
+			return nil, nil, fail(ErrDuplicate, name)
+		}
+		all[name] = value
+	}
+	return all, query, nil
+}
+
+// one is the only value of a header, "" if there is none.
+func one(h http.Header, name string) (string, error) {
+	switch v := h.Values(name); len(v) {
+	case 0:
+		return "", nil
+	case 1:
+		return strings.TrimSpace(v[0]), nil
+	default:
+		return "", fail(ErrDuplicate, name)
+	}
+}
+
+// canonicalQuery joins the parameters in the byte order of their names, both
+// sides percent-encoded. bare leaves the = out where the value is empty.
+func canonicalQuery(params map[string]string, bare bool) string {
+	var b strings.Builder
+	for i, name := range slices.Sorted(maps.Keys(params)) {
+		if i > 0 {
+			b.WriteByte('&')
+		}
+		b.WriteString(percentEncode(name))
+		if params[name] != "" || !bare {
+			b.WriteByte('=')
+		}
+		b.WriteString(percentEncode(params[name]))
+	}
+	return b.String()
+}
+
+// percentEncode leaves only the unreserved characters of RFC 3986, section
+// 2.3, as they are. url.QueryEscape differs in the space alone.
+func percentEncode(s string) string {
+	return strings.ReplaceAll(url.QueryEscape(s), "+", "%20")
+}
