@@ -1,0 +1,76 @@
+# The commands of Keyferry. "make help" lists them.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-print-directory
+
+GO ?= go
+# The private copies of "make deps", where it could not install.
+export PATH := $(CURDIR)/build/deps/usr/bin:$(PATH)
+# A source tree need not be a git checkout, nor git be installed.
+export GOFLAGS := $(GOFLAGS) -buildvcs=false
+
+.PHONY: help
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-15s %s\n", $$1, $$2 }' Makefile
+
+.PHONY: deps
+deps: ## install what is missing (without root: unpack it into build/deps)
+	@softhsm/deps.sh
+
+.PHONY: build
+build: ## build bin/keyferryd (with cgo, for PKCS#11) and bin/keyferry (pure Go)
+	CGO_ENABLED=1 $(GO) build -trimpath -o bin/keyferryd ./cmd/keyferryd
+	CGO_ENABLED=0 $(GO) build -trimpath -o bin/keyferry ./cmd/keyferry
+
+.PHONY: demo
+demo: deps build ## walk through the life of a customer's key
+	bin/keyferryd demo
+
+.PHONY: test
+test: deps ## run the tests, with the race detector, on real SoftHSM2 tokens
+	$(GO) test -race -timeout 10m ./...
+
+.PHONY: test-all
+test-all: deps ## the same and everything slow too (KEYFERRY_SLOW=1)
+	KEYFERRY_SLOW=1 $(GO) test -race -timeout 30m ./...
+
+.PHONY: test-container
+test-container: ## run the tests in a container, then keyferryd in one against SDKs outside
+	softhsm/test-container.sh
+
+.PHONY: bench
+bench: deps ## measure the engine beside bare PKCS#11 calls
+	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/... ./hsm/...
+
+# The tools of "make lint", each built once and kept by its version.
+tools := $(CURDIR)/build/tools
+golangci-lint := $(tools)/golangci-lint-v2.15.0/golangci-lint
+staticcheck := $(tools)/staticcheck-v0.8.2/staticcheck
+gofumpt := $(tools)/gofumpt-v0.12.0/gofumpt
+benchstat := $(tools)/benchstat-v0.0.0-20260908200009-22c9c6c9d4da/benchstat
+
+$(golangci-lint): package := github.com/golangci/golangci-lint/v2/cmd/golangci-lint
+$(staticcheck): package := honnef.co/go/tools/cmd/staticcheck
+$(gofumpt): package := mvdan.cc/gofumpt
+$(benchstat): package := golang.org/x/perf/cmd/benchstat
+
+$(golangci-lint) $(staticcheck) $(gofumpt) $(benchstat):
+	GOBIN=$(@D) $(GO) install -trimpath $(package)@$(patsubst $(@F)-%,%,$(notdir $(@D)))
+
+.PHONY: tools
+tools: $(golangci-lint) $(staticcheck) $(gofumpt) $(benchstat) ## build the pinned tools into build/tools
+
+.PHONY: lint
+lint: deps $(golangci-lint) $(staticcheck) $(gofumpt) ## gofumpt, go vet, staticcheck, golangci-lint
+	@unformatted=$$($(gofumpt) -l cmd engine hsm softhsm); \
+	if [ -n "$$unformatted" ]; then echo "gofumpt would change:"; echo "$$unformatted"; exit 1; fi
+	$(GO) vet ./...
+	$(staticcheck) ./...
+	$(golangci-lint) run
+	@if command -v shellcheck >/dev/null; then shellcheck .ci/run softhsm/*.sh; fi
+
+.PHONY: clean
+clean: ## remove everything that was built or unpacked here
+	rm -rf bin build

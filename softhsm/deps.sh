@@ -1,0 +1,141 @@
+#!/usr/bin/env bash
+# deps.sh: brings what building and testing need besides Go and make.
+#
+# As root, or where sudo asks for no password, the distribution's packages are
+# installed. Anybody else gets them downloaded by apt, with a state directory
+# of its own, and unpacked into build/deps, where FindModule and the Makefile
+# look. Says nothing and is quick where everything is there already.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+deps=$PWD/build/deps
+
+say() { printf 'deps: %s\n' "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+# module prints where SoftHSM2 is. softhsm/module.go has the same list.
+module() {
+  local path
+  if [ -n "${KEYFERRY_SOFTHSM_MODULE:-}" ]; then
+    [ -f "$KEYFERRY_SOFTHSM_MODULE" ] || die "KEYFERRY_SOFTHSM_MODULE names $KEYFERRY_SOFTHSM_MODULE, which is no file"
+    echo "$KEYFERRY_SOFTHSM_MODULE"
+    return
+  fi
+  for path in \
+    "$deps"/usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so \
+    /usr/lib/softhsm/libsofthsm2.so \
+    /usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so \
+    /usr/lib64/softhsm/libsofthsm2.so \
+    /usr/lib64/pkcs11/libsofthsm2.so \
+    /usr/local/lib/softhsm/libsofthsm2.so \
+    /opt/homebrew/lib/softhsm/libsofthsm2.so \
+    /run/current-system/sw/lib/softhsm/libsofthsm2.so; do
+    if [ -f "$path" ]; then
+      echo "$path"
+      return
+    fi
+  done
+  return 1
+}
+
+# missing prints the packages whose programs are not there.
+missing() {
+  module >/dev/null || echo softhsm2
+  PATH="$deps/usr/bin:$PATH" command -v openssl >/dev/null || echo openssl
+  command -v "${CC:-gcc}" >/dev/null || echo gcc libc6-dev
+}
+
+# retry runs a command up to three times, for a network that hiccups.
+retry() {
+  local pause
+  for pause in 3 10 0; do
+    "$@" && return
+    [ "$pause" = 0 ] || sleep "$pause"
+  done
+  return 1
+}
+
+# install_packages PACKAGE... installs as root. The lists that are there are
+# tried first; most of the time they are fresh enough.
+install_packages() {
+  local get=("${as_root[@]}" env DEBIAN_FRONTEND=noninteractive apt-get -qq -o Acquire::Retries=3 -o DPkg::Lock::Timeout=120)
+  "${get[@]}" install -y --no-install-recommends "$@" >/dev/null 2>&1 && return
+  retry "${get[@]}" update || return
+  retry "${get[@]}" install -y --no-install-recommends "$@" >/dev/null
+}
+
+# unpack_packages PACKAGE... needs no rights. Apt reads the machine's own
+# sources, keys and list of installed packages, so it downloads what is missing
+# and the libraries that this needs, and writes into build alone.
+unpack_packages() {
+  work=$(mktemp -d "$PWD/build/deps.XXXXXX")
+  trap 'rm -rf "$work"' EXIT
+  mkdir -p "$work"/state/lists/partial "$work"/cache/archives/partial "$work"/root
+  cat >"$work/apt.conf" <<CONF
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+#clear DPkg::Post-Invoke;
+Dir::State "$work/state";
+Dir::State::status "/var/lib/dpkg/status";
+Dir::Cache "$work/cache";
+Debug::NoLocking "true";
+APT::Sandbox::User "";
+Acquire::Retries "3";
+CONF
+  local get=(apt-get -qq -c "$work/apt.conf")
+  retry "${get[@]}" update || return
+  retry "${get[@]}" install -y --no-install-recommends --download-only "$@" || return
+  unpack
+  if lacks_libraries; then
+    # Libraries of ours, such as libcrypto on a bare system, are found by a
+    # path in the files, so that nobody needs LD_LIBRARY_PATH.
+    retry "${get[@]}" install -y --no-install-recommends --download-only patchelf || return
+    unpack
+    point_at_libraries
+    if lacks_libraries; then die "libraries are missing: $(objects | xargs ldd | grep 'not found' | sort -u)"; fi
+  fi
+  mkdir -p "$deps"
+  cp -a "$work/root/." "$deps/"
+}
+
+unpack() {
+  local deb
+  for deb in "$work"/cache/archives/*.deb; do
+    dpkg -x "$deb" "$work/root"
+  done
+}
+
+# objects prints what was unpacked and is loaded or run.
+objects() {
+  find "$work/root" -type f \( -name 'libsofthsm2.so' -o -name 'libcrypto.so.*' -o -name 'libssl.so.*' -o -path '*/usr/bin/openssl' -o -path '*/usr/bin/softhsm2-util' \)
+}
+
+lacks_libraries() { objects | xargs ldd 2>/dev/null | grep -q 'not found'; }
+
+point_at_libraries() {
+  local libs object
+  libs=$(dirname "$(find "$work/root" -name 'libcrypto.so.*' -type f | head -n 1)")
+  while read -r object; do
+    "$work/root/usr/bin/patchelf" --set-rpath "\$ORIGIN/$(realpath --relative-to="$(dirname "$object")" "$libs")" "$object"
+  done < <(objects)
+}
+
+mapfile -t packages < <(missing | tr ' ' '\n')
+[ "${#packages[@]}" -gt 0 ] || exit 0
+
+hint="install ${packages[*]} (by the names of Debian) by hand, or name libsofthsm2.so in KEYFERRY_SOFTHSM_MODULE"
+command -v apt-get >/dev/null || die "this machine has no apt-get: $hint"
+mkdir -p build
+as_root=()
+if [ "$(id -u)" != 0 ]; then as_root=(sudo -n); fi
+if "${as_root[@]}" true 2>/dev/null; then
+  say "installing ${packages[*]}"
+  install_packages "${packages[@]}" || die "apt-get failed: $hint"
+else
+  [[ " ${packages[*]} " != *" gcc "* ]] || die "a C compiler is missing and cannot be installed without root: $hint"
+  say "downloading ${packages[*]} into build/deps (not root: nothing is installed)"
+  unpack_packages "${packages[@]}" || die "apt-get failed: $hint"
+fi
+mapfile -t packages < <(missing | tr ' ' '\n')
+[ "${#packages[@]}" = 0 ] || die "still missing: ${packages[*]}"
+say "SoftHSM2 is $(module)"
