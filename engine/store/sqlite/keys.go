@@ -1,0 +1,151 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql/driver"
+	"fmt"
+	"time"
+
+	"github.com/keyferry/keyferry/engine/store"
+)
+
+// keyColumns are the columns of table cmk in the order of cursor.key.
+const keyColumns = `cmk.key_id, cmk.key_version_id, cmk.revision, cmk.spec, cmk.state, cmk.description,
+	cmk.created_at, cmk.delete_at, cmk.kcv, cmk.material_id, cmk.check_value_algorithm, cmk.check_value,
+	cmk.material, cmk.expire_at, cmk.wrapping_algorithm, cmk.pair_id, cmk.pair_fingerprint, cmk.mac`
+
+var (
+	insertKeyQuery = &query{`INSERT INTO cmk (key_id, key_version_id, revision, spec, state, description,
+	created_at, delete_at, kcv, material_id, check_value_algorithm, check_value,
+	material, expire_at, wrapping_algorithm, pair_id, pair_fingerprint, mac, due_at)
+	VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)`}
+	keyQuery          = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE key_id = $1`}
+	keyByVersionQuery = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE key_version_id = $1`}
+	updateKeyQuery    = &query{`UPDATE cmk SET key_version_id = $2, revision = $3, spec = $4, state = $5, description = $6,
+	created_at = $7, delete_at = $8, kcv = $9, material_id = $10, check_value_algorithm = $11, check_value = $12,
+	material = $13, expire_at = $14, wrapping_algorithm = $15, pair_id = $16, pair_fingerprint = $17, mac = $18, due_at = $19
+	WHERE key_id = $1 AND revision = $3 - 1`}
+	deleteKeyQuery = &query{`DELETE FROM cmk WHERE key_id = $1 AND revision = $2`}
+	keyExistsQuery = &query{`SELECT 1 FROM cmk WHERE key_id = $1`}
+	dueKeysQuery   = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE due_at <= $1 ORDER BY due_at, key_id LIMIT $2`}
+)
+
+// keyValues are the values of a row of table cmk: keyColumns and due_at.
+func keyValues(k *store.Key) []driver.Value {
+	return []driver.Value{
+		k.KeyID, k.KeyVersionID, k.Revision, k.Spec, k.State, k.Description,
+		seconds(k.CreatedAt), seconds(k.DeleteAt), bytes(k.KCV), bytes(k.MaterialID), k.CheckValueAlgorithm, bytes(k.CheckValue),
+		bytes(k.Material), seconds(k.ExpireAt), k.WrappingAlgorithm, bytes(k.PairID), bytes(k.PairFingerprint), bytes(k.MAC),
+		seconds(due(k)),
+	}
+}
+
+// due is when DueKeys begins to return the row; zero: never.
+func due(k *store.Key) time.Time {
+	at := k.DeleteAt
+	if k.Material != nil && !k.ExpireAt.IsZero() && (at.IsZero() || k.ExpireAt.Before(at)) {
+		at = k.ExpireAt
+	}
+	return at
+}
+
+// key reads keyColumns.
+func (c *cursor) key() store.Key {
+	return store.Key{
+		KeyID:               c.text(),
+		KeyVersionID:        c.text(),
+		Revision:            c.integer(),
+		Spec:                c.text(),
+		State:               c.text(),
+		Description:         c.text(),
+		CreatedAt:           c.time(),
+		DeleteAt:            c.time(),
+		KCV:                 c.bytes(),
+		MaterialID:          c.bytes(),
+		CheckValueAlgorithm: c.text(),
+		CheckValue:          c.bytes(),
+		Material:            c.bytes(),
+		ExpireAt:            c.time(),
+		WrappingAlgorithm:   c.text(),
+		PairID:              c.bytes(),
+		PairFingerprint:     c.bytes(),
+		MAC:                 c.bytes(),
+	}
+}
+
+// CreateKey implements store.Store.
+func (s *Store) CreateKey(ctx context.Context, key store.Key) error {
+	if key.Revision != 1 {
+		return fmt.Errorf("sqlite: a new key has revision 1, not %d", key.Revision)
+	}
+	return s.write(ctx, func(c *conn) error {
+		_, err := c.exec(insertKeyQuery, keyValues(&key)...)
+		return err
+	})
+}
+
+// Key implements store.Store.
+func (s *Store) Key(ctx context.Context, keyID string) (store.Key, error) {
+	return s.oneKey(ctx, keyQuery, keyID)
+}
+
+// KeyByVersion implements store.Store.
+func (s *Store) KeyByVersion(ctx context.Context, versionID string) (store.Key, error) {
+	return s.oneKey(ctx, keyByVersionQuery, versionID)
+}
+
+func (s *Store) oneKey(ctx context.Context, q *query, id string) (key store.Key, err error) {
+	err = s.read(ctx, func(c *conn) error {
+		found, err := c.one(q, func(row []driver.Value) { key = (&cursor{row}).key() }, id)
+		if err == nil && !found {
+			err = fmt.Errorf("key %q: %w", id, store.ErrNotFound)
+		}
+		return err
+	})
+	return key, err
+}
+
+// UpdateKey implements store.Store.
+func (s *Store) UpdateKey(ctx context.Context, key store.Key) error {
+	return s.write(ctx, func(c *conn) error {
+		changed, err := c.exec(updateKeyQuery, keyValues(&key)...)
+		if err != nil || changed == 1 {
+			return err
+		}
+		return unchanged(c, key.KeyID)
+	})
+}
+
+// DeleteKey implements store.Store.
+func (s *Store) DeleteKey(ctx context.Context, keyID string, revision int64) error {
+	return s.write(ctx, func(c *conn) error {
+		changed, err := c.exec(deleteKeyQuery, keyID, revision)
+		if err != nil || changed == 1 {
+			return err
+		}
+		return unchanged(c, keyID)
+	})
+}
+
+// unchanged says why no row was changed: it is another revision, or none.
+func unchanged(c *conn, keyID string) error {
+	found, err := c.one(keyExistsQuery, func([]driver.Value) {}, keyID)
+	switch {
+	case err != nil:
+		return err
+	case found:
+		return fmt.Errorf("key %q: %w", keyID, store.ErrConflict)
+	default:
+		return fmt.Errorf("key %q: %w", keyID, store.ErrNotFound)
+	}
+}
+
+// DueKeys implements store.Store.
+func (s *Store) DueKeys(ctx context.Context, now time.Time, limit int) (keys []store.Key, err error) {
+	err = s.read(ctx, func(c *conn) error {
+		return c.all(dueKeysQuery, func(row []driver.Value) {
+			keys = append(keys, (&cursor{row}).key())
+		}, now.Unix(), int64(max(limit, 0)))
+	})
+	return keys, err
+}

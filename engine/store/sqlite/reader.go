@@ -1,0 +1,84 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql/driver"
+	"errors"
+	"sync"
+)
+
+// readers is a pool of read-only connections. In WAL mode they see what is
+// committed and durable, and neither wait for the writer nor hold it up.
+type readers struct {
+	idle      chan *conn
+	closed    chan struct{}
+	closeOnce sync.Once
+}
+
+func openReaders(ctx context.Context, connector driver.Connector, n int) (*readers, error) {
+	r := &readers{idle: make(chan *conn, n), closed: make(chan struct{})}
+	for range n {
+		c, err := connect(ctx, connector)
+		if err != nil {
+			return nil, errors.Join(err, r.drain(len(r.idle)))
+		}
+		r.idle <- c
+	}
+	return r, nil
+}
+
+// read gives do a connection, once one is idle.
+func (r *readers) read(ctx context.Context, do func(*conn) error) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	select {
+	case <-r.closed:
+		return errClosed
+	default:
+	}
+	select {
+	case c := <-r.idle:
+		defer func() { r.idle <- c }()
+		return do(c)
+	case <-r.closed:
+		return errClosed
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// snapshot is read with all that do asks answered as of one moment.
+func (r *readers) snapshot(ctx context.Context, do func(*conn) error) error {
+	return r.read(ctx, func(c *conn) (err error) {
+		if _, err := c.exec(beginReadQuery); err != nil {
+			return err
+		}
+		defer func() {
+			if _, e := c.exec(rollbackQuery); e != nil && err == nil {
+				err = e
+			}
+		}()
+		return do(c)
+	})
+}
+
+var beginReadQuery = &query{`BEGIN`}
+
+// close waits for the reads under way and closes the connections.
+func (r *readers) close() (err error) {
+	r.closeOnce.Do(func() {
+		close(r.closed)
+		err = r.drain(cap(r.idle))
+	})
+	return err
+}
+
+// drain closes n connections.
+func (r *readers) drain(n int) error {
+	var errs []error
+	for range n {
+		errs = append(errs, (<-r.idle).close())
+	}
+	return errors.Join(errs...)
+}

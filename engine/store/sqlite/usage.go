@@ -1,0 +1,54 @@
+package sqlite
+
+import (
+	"context"
+	"database/sql/driver"
+	"fmt"
+	"math"
+
+	"github.com/keyferry/keyferry/engine/store"
+)
+
+var (
+	usageQuery    = &query{`SELECT uses, boot, mac FROM key_usage WHERE key_id = $1`}
+	putUsageQuery = &query{`INSERT INTO key_usage (key_id, uses, boot, mac)
+	SELECT key_id, $2, $3, $4 FROM cmk WHERE key_id = $1
+	ON CONFLICT (key_id) DO UPDATE SET uses = excluded.uses, boot = excluded.boot, mac = excluded.mac
+	WHERE key_usage.uses <= excluded.uses`}
+)
+
+// Usage implements store.Store.
+func (s *Store) Usage(ctx context.Context, keyID string) (usage store.Usage, err error) {
+	err = s.read(ctx, func(c *conn) error {
+		found, err := c.one(usageQuery, func(row []driver.Value) {
+			r := cursor{row}
+			usage = store.Usage{KeyID: keyID, Uses: uint64(r.integer()), Boot: uint64(r.integer()), MAC: r.bytes()}
+		}, keyID)
+		if err == nil && !found {
+			err = fmt.Errorf("usage of key %q: %w", keyID, store.ErrNotFound)
+		}
+		return err
+	})
+	return usage, err
+}
+
+// PutUsages implements store.Store. SQL has no unsigned integers, and counts
+// end at 2^32 anyway: one that does not fit into 63 bits is refused.
+func (s *Store) PutUsages(ctx context.Context, usages []store.Usage) error {
+	for _, u := range usages {
+		if u.Uses > math.MaxInt64 || u.Boot > math.MaxInt64 {
+			return fmt.Errorf("sqlite: usage of key %q is out of range", u.KeyID)
+		}
+	}
+	if len(usages) == 0 {
+		return ctx.Err()
+	}
+	return s.write(ctx, func(c *conn) error {
+		for _, u := range usages {
+			if _, err := c.exec(putUsageQuery, u.KeyID, int64(u.Uses), int64(u.Boot), bytes(u.MAC)); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
