@@ -16,12 +16,8 @@ die() { say "$*"; exit 1; }
 # module prints where SoftHSM2 is. softhsm/module.go has the same list.
 module() {
   local path
-  if [ -n "${KEYFERRY_SOFTHSM_MODULE:-}" ]; then
-    [ -f "$KEYFERRY_SOFTHSM_MODULE" ] || die "KEYFERRY_SOFTHSM_MODULE names $KEYFERRY_SOFTHSM_MODULE, which is no file"
-    echo "$KEYFERRY_SOFTHSM_MODULE"
-    return
-  fi
   for path in \
+    "${KEYFERRY_SOFTHSM_MODULE:-}" \
     "$deps"/usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so \
     /usr/lib/softhsm/libsofthsm2.so \
     /usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so \
@@ -68,7 +64,8 @@ install_packages() {
 # sources, keys and list of installed packages, so it downloads what is missing
 # and the libraries that this needs, and writes into build alone.
 unpack_packages() {
-  work=$(mktemp -d "$PWD/build/deps.XXXXXX")
+  local deb
+  work=$(mktemp -d "$PWD/build/deps.XXXXXX") || return
   trap 'rm -rf "$work"' EXIT
   mkdir -p "$work"/state/lists/partial "$work"/cache/archives/partial "$work"/root
   cat >"$work/apt.conf" <<CONF
@@ -85,41 +82,21 @@ CONF
   local get=(apt-get -qq -c "$work/apt.conf")
   retry "${get[@]}" update || return
   retry "${get[@]}" install -y --no-install-recommends --download-only "$@" || return
-  unpack
-  if lacks_libraries; then
-    # Libraries of ours, such as libcrypto on a bare system, are found by a
-    # path in the files, so that nobody needs LD_LIBRARY_PATH.
-    retry "${get[@]}" install -y --no-install-recommends --download-only patchelf || return
-    unpack
-    point_at_libraries
-    if lacks_libraries; then die "libraries are missing: $(objects | xargs ldd | grep 'not found' | sort -u)"; fi
+  for deb in "$work"/cache/archives/*.deb; do
+    dpkg -x "$deb" "$work/root" || return
+  done
+  # The module links libcrypto, which every machine with root certificates has
+  # from the package openssl, and libstdc++, which apt itself uses.
+  if ldd "$work"/root/usr/lib/*/softhsm/libsofthsm2.so 2>/dev/null | grep 'not found' >&2; then
+    die "SoftHSM2 lacks these libraries on this machine"
   fi
   mkdir -p "$deps"
   cp -a "$work/root/." "$deps/"
 }
 
-unpack() {
-  local deb
-  for deb in "$work"/cache/archives/*.deb; do
-    dpkg -x "$deb" "$work/root"
-  done
-}
-
-# objects prints what was unpacked and is loaded or run.
-objects() {
-  find "$work/root" -type f \( -name 'libsofthsm2.so' -o -name 'libcrypto.so.*' -o -name 'libssl.so.*' -o -path '*/usr/bin/openssl' -o -path '*/usr/bin/softhsm2-util' \)
-}
-
-lacks_libraries() { objects | xargs ldd 2>/dev/null | grep -q 'not found'; }
-
-point_at_libraries() {
-  local libs object
-  libs=$(dirname "$(find "$work/root" -name 'libcrypto.so.*' -type f | head -n 1)")
-  while read -r object; do
-    "$work/root/usr/bin/patchelf" --set-rpath "\$ORIGIN/$(realpath --relative-to="$(dirname "$object")" "$libs")" "$object"
-  done < <(objects)
-}
-
+command -v "${GO:-go}" >/dev/null || die "Go is missing: install the version that go.mod names, or a newer one"
+[ -z "${KEYFERRY_SOFTHSM_MODULE:-}" ] || [ -f "$KEYFERRY_SOFTHSM_MODULE" ] ||
+  die "KEYFERRY_SOFTHSM_MODULE names $KEYFERRY_SOFTHSM_MODULE, which is no file"
 mapfile -t packages < <(missing | tr ' ' '\n')
 [ "${#packages[@]}" -gt 0 ] || exit 0
 
