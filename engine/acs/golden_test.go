@@ -31,10 +31,16 @@ var at = time.Date(2026, 11, 23, 7, 19, 4, 0, time.UTC)
 // receive parses a request as a server would, and takes its body.
 func receive(t testing.TB, raw string) (*http.Request, []byte) {
 	t.Helper()
+	r, body, err := tryReceive(raw)
+	require.NoError(t, err)
+	return r, body
+}
+
+// tryReceive is receive for what may be no HTTP request at all.
+func tryReceive(raw string) (*http.Request, []byte, error) {
 	head, body, _ := strings.Cut(raw, "\n\n")
 	r, err := http.ReadRequest(bufio.NewReader(strings.NewReader(head + "\n\n")))
-	require.NoError(t, err)
-	return r, []byte(body)
+	return r, []byte(body), err
 }
 
 // The example of RPC signatures that KMS's API documentation gives. It has no
