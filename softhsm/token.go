@@ -116,7 +116,7 @@ func (t *Token) initialise(o options) (err error) {
 		return err
 	}
 	t.Pins, err = hsm.Init(context.Background(), hsm.InitConfig{
-		Module: t.Module, Label: t.Label, Serial: t.Serial,
+		Module: t.Module, Label: t.Label, Pins: t.Pins,
 		SOPIN: t.SOPIN, UserPIN: t.UserPIN, Reseal: o.reseal,
 	})
 	return err
