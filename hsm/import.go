@@ -1,0 +1,211 @@
+package hsm
+
+import (
+	"context"
+	"crypto/aes"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha1" //nolint:gosec // RSAES_OAEP_SHA_1 is what customers may ask for
+	"crypto/sha256"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
+)
+
+// ImportRequest is wrapped material to unwrap, measure and seal.
+type ImportRequest struct {
+	Pair      PairID
+	Algorithm Algorithm
+	Wrapped   []byte
+	Spec      MaterialSpec
+	Context   []byte // at most 65535 bytes; the material id is bound to it
+}
+
+// Imported is material in the token's custody, and what the token measured.
+type Imported struct {
+	Material   Material
+	Identity   Identity
+	CheckValue CheckValue // SM4 material has an AES-ECB one where the token has no SM4
+}
+
+// Import unwraps material in the token, measures it, seals it and destroys it,
+// on session objects only: after a crash the token holds nothing of it.
+//
+// Every blob that does not decrypt, is of another length than the spec's or
+// was made for another pair gets ErrInvalidMaterial and nothing else, after
+// the same known-answer operation on the token that tells such a blob from a
+// sick token. Other errors: ErrPairNotFound, ErrUntrusted, ErrUnsupported,
+// ErrUnavailable.
+func (t *Token) Import(ctx context.Context, req ImportRequest) (Imported, error) {
+	if req.Spec.Len() == 0 {
+		return Imported{}, fmt.Errorf("%w: material spec %q", ErrUnsupported, req.Spec)
+	}
+	var out Imported
+	err := t.do(ctx, "import key material", func(c *connection, s *p11.Session) error {
+		p, err := c.pair(ctx, s, req.Pair)
+		if err != nil {
+			return err
+		}
+		if p.Algorithm != req.Algorithm {
+			return fmt.Errorf("%w: the pair is not for %s", ErrUnsupported, req.Algorithm)
+		}
+		out, err = c.admit(s, p, req)
+		return err
+	})
+	return out, err
+}
+
+// admit runs one import. Its errors are those of do, and errRefused turned
+// into ErrInvalidMaterial once the token has proved itself healthy.
+func (c *connection) admit(s *p11.Session, p *pair, req ImportRequest) (Imported, error) {
+	out, err := c.unwrapMeasureSeal(s, p, req)
+	switch {
+	case err == nil:
+		return out, nil
+	case worst(err) == p11.HandleFault:
+		// Another node may have destroyed the pair.
+		c.pairs.Delete(p.ID)
+		if _, err := c.searchPair(s, p.ID); err != nil {
+			return Imported{}, err
+		}
+		return Imported{}, fmt.Errorf("%w: %w", p11.SessionClosed, err)
+	case worst(err) > p11.NoFault || isKind(err):
+		return Imported{}, err
+	}
+	// The blob is at fault, or the token is: let the token show that it can.
+	if sick := c.knownAnswer(s, p); sick != nil {
+		if worst(sick) > p11.NoFault {
+			return Imported{}, sick
+		}
+		return Imported{}, fmt.Errorf("%w: the token fails a known answer: %w", p11.DeviceError, sick)
+	}
+	return Imported{}, ErrInvalidMaterial
+}
+
+// blobRoom holds every RFC 3394 blob that is made here.
+const blobRoom = 64
+
+// errLength: the material does not have the length of its spec.
+var errLength = errors.New("hsm: material has another length")
+
+func (c *connection) unwrapMeasureSeal(s *p11.Session, p *pair, req ImportRequest) (_ Imported, err error) {
+	if len(req.Wrapped) != p.public.Size() {
+		return Imported{}, errLength
+	}
+	key, err := s.Unwrap(unwrapParams(req.Algorithm), p.handle, req.Wrapped, c.tmpl.measured)
+	if err != nil {
+		return Imported{}, err
+	}
+	defer func() {
+		if gone := s.DestroyObject(key); gone != nil {
+			// A session whose objects do not go is closed, and they with it.
+			err = fmt.Errorf("%w: %w", p11.SessionClosed, gone)
+		}
+	}()
+	if c.caps.readsBack {
+		if err := readBack(s, key, c.tmpl.measured.Attrs()); err != nil {
+			return Imported{}, err
+		}
+	}
+	var out Imported
+	if out.Identity.KCV, err = measureKCV(s, key); err != nil {
+		return Imported{}, err
+	}
+	if out.Identity.MaterialID, err = measureID(s, key, req.Context); err != nil {
+		return Imported{}, err
+	}
+	blob, err := s.Wrap(p11.Plain(p11.AESKeyWrap), c.vault, key, make([]byte, blobRoom))
+	if err != nil {
+		return Imported{}, c.blame(err)
+	}
+	// RFC 3394 adds 8 bytes. Lengths that are no AES key's never got here:
+	// CKM_AES_ECB does not initialise with them.
+	if len(blob) != req.Spec.Len()+8 {
+		return Imported{}, errLength
+	}
+	out.Material = Material{Custody: Sealed, Spec: req.Spec, Vault: c.t.cfg.Pins.VaultAES, Ref: blob}
+	out.CheckValue = CheckValue{Algorithm: CheckValueAES, Value: out.Identity.KCV}
+	return out, nil
+}
+
+// measureKCV encrypts a zero block by AES-ECB in the token. The block is the
+// hash key of AES-GCM: three bytes leave this function, the rest is wiped.
+func measureKCV(s *p11.Session, key p11.Handle) (kcv [KCVLen]byte, err error) {
+	var zero, block [aes.BlockSize]byte
+	defer clear(block[:])
+	out, err := s.Encrypt(p11.Plain(p11.AESECB), key, zero[:], block[:])
+	if err != nil {
+		return kcv, err
+	}
+	if len(out) != aes.BlockSize {
+		return kcv, fmt.Errorf("hsm: the token's AES block has %d bytes", len(out))
+	}
+	copy(kcv[:], out)
+	return kcv, nil
+}
+
+// MaterialIDInput is what the i-th AES-CMAC of a material id, i from 1, is
+// computed over: the label (31 bytes) ‖ i (1 byte) ‖ the length of the context
+// (2 bytes, big-endian) ‖ the context. The last four bytes of the label's
+// first block are greater than any counter of AES-GCM, so that no block is
+// ever input to both.
+func MaterialIDInput(i byte, context []byte) []byte {
+	out := append([]byte("Keyferry material identifier v1"), i)
+	out = binary.BigEndian.AppendUint16(out, uint16(len(context)))
+	return append(out, context...)
+}
+
+func measureID(s *p11.Session, key p11.Handle, context []byte) (id [MaterialIDLen]byte, err error) {
+	for i := range 2 {
+		half := id[i*aes.BlockSize:][:aes.BlockSize]
+		var buf [aes.BlockSize]byte
+		out, err := s.Sign(p11.Plain(p11.AESCMAC), key, MaterialIDInput(byte(i+1), context), buf[:])
+		if err != nil {
+			return id, err
+		}
+		if copy(half, out) != aes.BlockSize {
+			return id, fmt.Errorf("hsm: the token's AES-CMAC has %d bytes", len(out))
+		}
+	}
+	return id, nil
+}
+
+// knownAnswer unwraps and measures a known key under the pair.
+func (c *connection) knownAnswer(s *p11.Session, p *pair) error {
+	wrapped, err := encrypt(p.Algorithm, p.public, publicConstant)
+	if err != nil {
+		return err
+	}
+	key, err := s.Unwrap(unwrapParams(p.Algorithm), p.handle, wrapped, c.tmpl.measured)
+	if err != nil {
+		return err
+	}
+	kcv, err := measureKCV(s, key)
+	if err = errors.Join(err, s.DestroyObject(key)); err != nil {
+		return err
+	}
+	block, err := aes.NewCipher(publicConstant)
+	if err != nil {
+		return err
+	}
+	var want [aes.BlockSize]byte
+	block.Encrypt(want[:], want[:])
+	if [KCVLen]byte(want[:KCVLen]) != kcv {
+		return errors.New("hsm: the token measures a known key wrongly")
+	}
+	return nil
+}
+
+// encrypt wraps a public constant as a customer would wrap material.
+func encrypt(alg Algorithm, pub *rsa.PublicKey, known []byte) ([]byte, error) {
+	switch alg {
+	case PKCS1v15:
+		return rsa.EncryptPKCS1v15(rand.Reader, pub, known)
+	case OAEPSHA256:
+		return rsa.EncryptOAEP(sha256.New(), rand.Reader, pub, known, nil)
+	default:
+		return rsa.EncryptOAEP(sha1.New(), rand.Reader, pub, known, nil)
+	}
+}

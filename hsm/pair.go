@@ -1,0 +1,304 @@
+package hsm
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math/big"
+	"strconv"
+	"strings"
+	"time"
+
+	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
+)
+
+// PairID is the CKA_ID of a wrapping pair: 16 random bytes.
+type PairID [16]byte
+
+// String is the identifier in hexadecimal.
+func (id PairID) String() string { return hex.EncodeToString(id[:]) }
+
+// PairInfo describes a wrapping pair that was verified on the token.
+type PairInfo struct {
+	ID          PairID
+	Spec        PairSpec
+	Algorithm   Algorithm
+	SPKI        []byte      // SubjectPublicKeyInfo, DER, as the private half says; do not modify
+	Fingerprint Fingerprint // SHA-256 of SPKI
+}
+
+// pair is a verified pair of one connection.
+type pair struct {
+	PairInfo
+	handle p11.Handle
+	public *rsa.PublicKey
+}
+
+// TokenPair is a pair as Pairs lists it, unverified.
+type TokenPair struct {
+	ID        PairID
+	CreatedAt time.Time // as its label says
+}
+
+// GeneratePair makes a wrapping pair on the token and proves it by a round
+// trip. It takes a tenth of a second or more of the token's time. instance, 16
+// hexadecimal digits, marks the pair for Pairs.
+//
+// When an error is returned the pair may still be on the token; Pairs lists it.
+func (t *Token) GeneratePair(ctx context.Context, instance string, spec PairSpec, alg Algorithm) (PairInfo, error) {
+	if err := t.Offers(spec, alg); err != nil {
+		return PairInfo{}, err
+	}
+	var id PairID
+	if _, err := rand.Read(id[:]); err != nil {
+		return PairInfo{}, err
+	}
+	label := pairLabel{instance, alg, time.Now().UTC()}.String()
+	var info PairInfo
+	err := t.do(ctx, "generate a wrapping pair", func(c *connection, s *p11.Session) error {
+		// Generated on the token, not copied to it: a copy would have to be
+		// made from a copyable key, and of two such keys no attribute tells
+		// ours from a twin with other usages. The public half is not kept.
+		pub, priv, err := s.GenerateKeyPair(p11.RSAKeyPairGen,
+			p11.NewTemplate(rsaPublic(spec.Bits())...),
+			p11.NewTemplate(rsaPrivate(true, id[:], label, mechanism(alg))...))
+		if err != nil {
+			return err
+		}
+		if err := s.DestroyObject(pub); err != nil {
+			return err
+		}
+		p, err := c.verifyPair(s, priv, id)
+		if err == nil {
+			err = c.knownAnswer(s, p)
+		}
+		if err != nil {
+			return errors.Join(err, s.DestroyObject(priv))
+		}
+		c.pairs.Store(id, p)
+		info = p.PairInfo
+		return nil
+	})
+	return info, err
+}
+
+// pairLabel is the CKA_LABEL of a pair:
+//
+//	keyferry pair 0123456789abcdef RSAES_OAEP_SHA_1 1795445221
+//
+// It says which algorithm the pair is for where CKA_ALLOWED_MECHANISMS, which
+// knows no hashes, does not.
+type pairLabel struct {
+	instance  string
+	algorithm Algorithm
+	made      time.Time
+}
+
+func (l pairLabel) String() string {
+	return fmt.Sprintf("%s%s %s %d", labelPair, l.instance, l.algorithm, l.made.Unix())
+}
+
+func parsePairLabel(label []byte) (l pairLabel, ok bool) {
+	rest, ok := strings.CutPrefix(string(label), labelPair)
+	fields := strings.Split(rest, " ")
+	if !ok || len(fields) != 3 {
+		return l, false
+	}
+	unix, err := strconv.ParseInt(fields[2], 10, 64)
+	return pairLabel{fields[0], Algorithm(fields[1]), time.Unix(unix, 0).UTC()}, err == nil
+}
+
+// mechanism is the one mechanism that pairs of an algorithm answer to.
+func mechanism(alg Algorithm) p11.Mechanism {
+	if alg == PKCS1v15 {
+		return p11.RSAPKCS
+	}
+	return p11.RSAOAEP
+}
+
+// unwrapParams is how C_UnwrapKey is told an algorithm.
+func unwrapParams(alg Algorithm) p11.Params {
+	switch alg {
+	case PKCS1v15:
+		return p11.Plain(p11.RSAPKCS)
+	case OAEPSHA256:
+		return p11.OAEP(p11.SHA256)
+	default:
+		return p11.OAEP(p11.SHA1)
+	}
+}
+
+// Pair returns a wrapping pair after verifying it: its attributes are exactly
+// ours, it was made in this token and never left it. The first call for a pair
+// searches the token, for two seconds if need be: a pair made by another
+// process may not be visible at once. Later ones do not.
+//
+// Errors: ErrPairNotFound, ErrUntrusted, ErrUnavailable.
+func (t *Token) Pair(ctx context.Context, id PairID) (PairInfo, error) {
+	var info PairInfo
+	err := t.do(ctx, "find a wrapping pair", func(c *connection, s *p11.Session) error {
+		p, err := c.pair(ctx, s, id)
+		if err == nil {
+			info = p.PairInfo
+		}
+		return err
+	})
+	return info, err
+}
+
+// How long and how often a pair is looked for.
+const (
+	pairPatience = 2 * time.Second
+	pairInterval = 100 * time.Millisecond
+)
+
+func (c *connection) pair(ctx context.Context, s *p11.Session, id PairID) (*pair, error) {
+	if p, ok := c.pairs.Load(id); ok {
+		return p.(*pair), nil
+	}
+	for deadline := time.Now().Add(pairPatience); ; {
+		p, err := c.searchPair(s, id)
+		if err == nil {
+			c.pairs.Store(id, p)
+			return p, nil
+		}
+		if !errors.Is(err, ErrPairNotFound) || time.Now().After(deadline) {
+			return nil, err
+		}
+		wait := time.NewTimer(pairInterval)
+		select {
+		case <-wait.C:
+		case <-ctx.Done():
+			wait.Stop()
+			return nil, fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+		}
+	}
+}
+
+// searchPair finds the one object of that CKA_ID that is ours.
+func (c *connection) searchPair(s *p11.Session, id PairID) (*pair, error) {
+	handles, err := s.FindObjects(pairTemplate(id))
+	if err != nil {
+		return nil, err
+	}
+	var found []*pair
+	var refused error
+	for _, h := range handles {
+		p, err := c.verifyPair(s, h, id)
+		switch {
+		case err == nil:
+			found = append(found, p)
+		case errors.Is(err, ErrUntrusted):
+			refused = err
+		case worst(err) == p11.HandleFault: // destroyed since it was found
+		default:
+			return nil, err
+		}
+	}
+	switch {
+	case len(found) == 1:
+		return found[0], nil
+	case len(found) > 1:
+		return nil, fmt.Errorf("%w: %d wrapping pairs have the identifier %s", ErrUntrusted, len(found), id)
+	case refused != nil:
+		return nil, fmt.Errorf("wrapping pair %s: %w", id, refused)
+	}
+	return nil, ErrPairNotFound
+}
+
+func pairTemplate(id PairID) *p11.Template {
+	return p11.NewTemplate(
+		p11.ULong(p11.Class, p11.ClassPrivateKey),
+		p11.Bool(p11.OnToken, true),
+		p11.Bytes(p11.ID, id[:]),
+	)
+}
+
+// verifyPair reads a pair back. What customers get is made of the private
+// half's own modulus and exponent, never of a public object, which anyone with
+// the PIN can replace.
+func (c *connection) verifyPair(s *p11.Session, h p11.Handle, id PairID) (*pair, error) {
+	values, err := s.Attributes(h, p11.Modulus, p11.PublicExponent, p11.Label)
+	if err != nil {
+		return nil, err
+	}
+	pub := &rsa.PublicKey{N: new(big.Int).SetBytes(values[p11.Modulus])}
+	if e := new(big.Int).SetBytes(values[p11.PublicExponent]); e.IsInt64() && e.BitLen() < 32 {
+		pub.E = int(e.Int64())
+	}
+	info := PairInfo{ID: id}
+	for _, spec := range []PairSpec{RSA2048, RSA3072, RSA4096} {
+		if pub.N.BitLen() == spec.Bits() {
+			info.Spec = spec
+		}
+	}
+	label, ok := parsePairLabel(values[p11.Label])
+	if !ok || info.Spec == "" || pub.E != 65537 {
+		return nil, fmt.Errorf("%w: its label or its public key is of no kind that we make", ErrUntrusted)
+	}
+	info.Algorithm = label.algorithm
+	want := rsaPrivate(true, id[:], label.String(), mechanism(label.algorithm))
+	if err := readBack(s, h, join(want, provenance())); err != nil {
+		return nil, err
+	}
+	if info.SPKI, err = x509.MarshalPKIXPublicKey(pub); err != nil {
+		return nil, err
+	}
+	info.Fingerprint = sha256.Sum256(info.SPKI)
+	return &pair{PairInfo: info, handle: h, public: pub}, nil
+}
+
+// Pairs lists the wrapping pairs of an instance that are on the token, for
+// whoever destroys those that nobody knows.
+func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error) {
+	var out []TokenPair
+	err := t.do(ctx, "list the wrapping pairs", func(_ *connection, s *p11.Session) error {
+		out = nil
+		handles, err := s.FindObjects(p11.NewTemplate(
+			p11.ULong(p11.Class, p11.ClassPrivateKey),
+			p11.Bool(p11.OnToken, true),
+			p11.Bool(p11.Unwrap, true),
+		))
+		if err != nil {
+			return err
+		}
+		for _, h := range handles {
+			values, err := s.Attributes(h, p11.ID, p11.Label)
+			if worst(err) == p11.HandleFault {
+				continue // destroyed since it was found
+			}
+			if err != nil {
+				return err
+			}
+			label, ok := parsePairLabel(values[p11.Label])
+			if id := values[p11.ID]; ok && label.instance == instance && len(id) == len(PairID{}) {
+				out = append(out, TokenPair{ID: PairID(id), CreatedAt: label.made})
+			}
+		}
+		return nil
+	})
+	return out, err
+}
+
+// DestroyPair destroys a pair in the token; captured material that was wrapped
+// under it can never be opened again. It is no error if the pair is gone.
+func (t *Token) DestroyPair(ctx context.Context, id PairID) error {
+	return t.do(ctx, "destroy a wrapping pair", func(c *connection, s *p11.Session) error {
+		c.pairs.Delete(id)
+		handles, err := s.FindObjects(pairTemplate(id))
+		if err != nil {
+			return err
+		}
+		for _, h := range handles {
+			if err := s.DestroyObject(h); err != nil && worst(err) != p11.HandleFault {
+				return err
+			}
+		}
+		return nil
+	})
+}

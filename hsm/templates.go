@@ -1,0 +1,256 @@
+package hsm
+
+import (
+	"slices"
+
+	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
+)
+
+// Labels of the keys that Init makes.
+const (
+	labelVaultAES = "keyferry vault AES-256 v1"
+	labelMAC      = "keyferry mac HMAC-SHA-256 v1"
+	labelReceipt  = "keyferry receipt P-256 v1"
+	labelPair     = "keyferry pair " // followed by instance, a blank and the Unix time
+)
+
+// The usage booleans of each class. A template names every one of them:
+// tokens default those left out to true.
+var (
+	secretUsages  = []p11.Attribute{p11.Encrypt, p11.Decrypt, p11.Sign, p11.Verify, p11.Wrap, p11.Unwrap, p11.Derive}
+	privateUsages = []p11.Attribute{p11.Decrypt, p11.Sign, p11.SignRecover, p11.Unwrap, p11.Derive}
+	publicUsages  = []p11.Attribute{p11.Encrypt, p11.Verify, p11.VerifyRecover, p11.Wrap, p11.Derive}
+)
+
+// usage names every usage of a class, true only for those allowed.
+func usage(all []p11.Attribute, allowed ...p11.Attribute) []p11.Attr {
+	var out []p11.Attr
+	for _, u := range all {
+		out = append(out, p11.Bool(u, slices.Contains(allowed, u)))
+	}
+	return out
+}
+
+// frozen closes a template: SoftHSM2 sets attributes in their order and
+// answers CKR_ATTRIBUTE_READ_ONLY to whatever follows these two.
+func frozen() []p11.Attr {
+	return []p11.Attr{p11.Bool(p11.Copyable, false), p11.Bool(p11.Modifiable, false)}
+}
+
+func join(lists ...[]p11.Attr) []p11.Attr { return slices.Concat(lists...) }
+
+// materialMechanisms is what AES material answers to, in this order in every
+// template: tokens compare the list byte for byte, and SoftHSM2 reports it in
+// ascending order.
+func materialMechanisms() p11.Attr { return p11.Mechanisms(p11.AESECB, p11.AESGCM, p11.AESCMAC) }
+
+// material is the template, pinned and explicit alike, of key material as a
+// session object. Pins stand in CKA_UNWRAP_TEMPLATE; SoftHSM2 compares the two
+// instead of merging them, so every C_UnwrapKey repeats them all.
+func material(extractable bool, usages ...p11.Attribute) []p11.Attr {
+	return join(
+		[]p11.Attr{
+			p11.ULong(p11.Class, p11.ClassSecretKey),
+			p11.ULong(p11.KeyType, p11.KeyAES),
+			p11.Bool(p11.OnToken, false),
+			p11.Bool(p11.Private, true),
+			p11.Bool(p11.Sensitive, true),
+			p11.Bool(p11.Extractable, extractable),
+			p11.Bool(p11.WrapWithTrusted, true),
+			materialMechanisms(),
+		},
+		usage(secretUsages, usages...),
+		frozen(),
+	)
+}
+
+// measured is material as it comes out of the customer's unwrap: extractable,
+// because it is sealed next, under a trusted key only.
+func measured() []p11.Attr { return material(true, p11.Encrypt, p11.Sign) }
+
+// opened is material as it comes out of its blob, to be used. Not extractable
+// unless the vault was made for re-sealing.
+func opened(reseal bool) []p11.Attr { return material(reseal, p11.Encrypt, p11.Decrypt) }
+
+// vaultWrapTemplate is what a key must be for the vault to seal it.
+func vaultWrapTemplate() []p11.Attr {
+	return []p11.Attr{
+		p11.Bool(p11.Sensitive, true),
+		p11.Bool(p11.WrapWithTrusted, true),
+		p11.ULong(p11.KeyType, p11.KeyAES),
+	}
+}
+
+// vaultKey is a vault key in its final form, on the token.
+func vaultKey(reseal bool) []p11.Attr {
+	return join(vaultCommon(reseal), vaultPlacement(), []p11.Attr{p11.Bool(p11.Trusted, true)})
+}
+
+func vaultCommon(reseal bool) []p11.Attr {
+	return join(
+		[]p11.Attr{
+			p11.ULong(p11.Class, p11.ClassSecretKey),
+			p11.ULong(p11.KeyType, p11.KeyAES),
+			p11.Bytes(p11.Label, []byte(labelVaultAES)),
+			p11.Bool(p11.Sensitive, true),
+			p11.Bool(p11.Extractable, false),
+			p11.Mechanisms(p11.AESKeyWrap),
+			p11.Nested(p11.WrapTemplate, vaultWrapTemplate()),
+			p11.Nested(p11.UnwrapTemplate, opened(reseal)),
+		},
+		usage(secretUsages, p11.Wrap, p11.Unwrap),
+	)
+}
+
+// vaultPlacement is what C_CopyObject changes when it puts the SO's session
+// object on the token.
+func vaultPlacement() []p11.Attr {
+	return []p11.Attr{
+		p11.Bool(p11.OnToken, true),
+		p11.Bool(p11.Private, true),
+		p11.Bool(p11.Destroyable, false),
+		p11.Bool(p11.Modifiable, false),
+	}
+}
+
+// vaultBirth is the session object that the SO generates: only the SO may set
+// CKA_TRUSTED, and only a public object is the SO's to make. It never touches
+// the disk.
+func vaultBirth(reseal bool) []p11.Attr {
+	return join(vaultCommon(reseal), []p11.Attr{
+		p11.ULong(p11.ValueLen, 32),
+		p11.Bool(p11.OnToken, false),
+		p11.Bool(p11.Private, false),
+		p11.Bool(p11.Trusted, true),
+	})
+}
+
+// knownKey is a session object of a public constant that the vault wraps, to
+// tell which vault it is.
+func knownKey(value []byte) []p11.Attr {
+	return join(
+		[]p11.Attr{
+			p11.ULong(p11.Class, p11.ClassSecretKey),
+			p11.ULong(p11.KeyType, p11.KeyAES),
+			p11.Bytes(p11.Value, value),
+			p11.Bool(p11.OnToken, false),
+			p11.Bool(p11.Private, true),
+			p11.Bool(p11.Sensitive, true),
+			p11.Bool(p11.Extractable, true),
+			p11.Bool(p11.WrapWithTrusted, true),
+			materialMechanisms(),
+		},
+		usage(secretUsages, p11.Encrypt, p11.Sign),
+		frozen(),
+	)
+}
+
+// macKey is the token's HMAC key. VERIFY is not allowed: MACs are recomputed
+// and compared here, so that no token compares them in variable time.
+func macKey() []p11.Attr {
+	return join(
+		[]p11.Attr{
+			p11.ULong(p11.Class, p11.ClassSecretKey),
+			p11.ULong(p11.KeyType, p11.KeyGenericSecret),
+			p11.Bytes(p11.Label, []byte(labelMAC)),
+			p11.ULong(p11.ValueLen, 32),
+			p11.Bool(p11.OnToken, true),
+			p11.Bool(p11.Private, true),
+			p11.Bool(p11.Sensitive, true),
+			p11.Bool(p11.Extractable, false),
+			p11.Mechanisms(p11.SHA256HMAC),
+			p11.Bool(p11.Destroyable, false),
+		},
+		usage(secretUsages, p11.Sign),
+		frozen(),
+	)
+}
+
+// oidP256 is prime256v1, 1.2.840.10045.3.1.7, in DER.
+var oidP256 = []byte{0x06, 0x08, 0x2a, 0x86, 0x48, 0xce, 0x3d, 0x03, 0x01, 0x07}
+
+// receiptKey is the pair that signs receipts. The public half is on the token
+// too, private so that no one without the PIN replaces it: PKCS#11 clients
+// look for it there.
+func receiptKey(id []byte) (public, private []p11.Attr) {
+	public = join(
+		[]p11.Attr{
+			p11.ULong(p11.Class, p11.ClassPublicKey),
+			p11.ULong(p11.KeyType, p11.KeyEC),
+			p11.Bytes(p11.ECParams, oidP256),
+			p11.Bytes(p11.Label, []byte(labelReceipt)),
+			p11.Bytes(p11.ID, id),
+			p11.Bool(p11.OnToken, true),
+			p11.Bool(p11.Private, true),
+			p11.Mechanisms(p11.ECDSA),
+			p11.Bool(p11.Destroyable, false),
+		},
+		usage(publicUsages, p11.Verify),
+		frozen(),
+	)
+	private = join(
+		[]p11.Attr{
+			p11.ULong(p11.Class, p11.ClassPrivateKey),
+			p11.ULong(p11.KeyType, p11.KeyEC),
+			p11.Bytes(p11.Label, []byte(labelReceipt)),
+			p11.Bytes(p11.ID, id),
+			p11.Bool(p11.OnToken, true),
+			p11.Bool(p11.Private, true),
+			p11.Bool(p11.Sensitive, true),
+			p11.Bool(p11.Extractable, false),
+			p11.Mechanisms(p11.ECDSA),
+			p11.Bool(p11.Destroyable, false),
+		},
+		usage(privateUsages, p11.Sign),
+		frozen(),
+	)
+	return public, private
+}
+
+// rsaPublic is the public half of a wrapping pair: a session object that is
+// never used. What customers get is read from the private half.
+func rsaPublic(bits int) []p11.Attr {
+	return join(
+		[]p11.Attr{
+			p11.ULong(p11.Class, p11.ClassPublicKey),
+			p11.ULong(p11.KeyType, p11.KeyRSA),
+			p11.ULong(p11.ModulusBits, uint64(bits)),
+			p11.Bytes(p11.PublicExponent, []byte{1, 0, 1}),
+			p11.Bool(p11.OnToken, false),
+			p11.Bool(p11.Private, true),
+		},
+		usage(publicUsages),
+		frozen(),
+	)
+}
+
+// rsaPrivate is the private half of a wrapping pair: it unwraps, by the
+// mechanisms of its algorithm, into what measured says, and nothing else.
+func rsaPrivate(onToken bool, id []byte, label string, mechanisms ...p11.Mechanism) []p11.Attr {
+	return join(
+		[]p11.Attr{
+			p11.ULong(p11.Class, p11.ClassPrivateKey),
+			p11.ULong(p11.KeyType, p11.KeyRSA),
+			p11.Bytes(p11.Label, []byte(label)),
+			p11.Bytes(p11.ID, id),
+			p11.Bool(p11.OnToken, onToken),
+			p11.Bool(p11.Private, true),
+			p11.Bool(p11.Sensitive, true),
+			p11.Bool(p11.Extractable, false),
+			p11.Mechanisms(mechanisms...),
+			p11.Nested(p11.UnwrapTemplate, measured()),
+		},
+		usage(privateUsages, p11.Unwrap),
+		frozen(),
+	)
+}
+
+// provenance is what the token itself attests of a key that was made in it and
+// never was outside.
+func provenance() []p11.Attr {
+	return []p11.Attr{
+		p11.Bool(p11.Local, true),
+		p11.Bool(p11.AlwaysSensitive, true),
+		p11.Bool(p11.NeverExtractable, true),
+	}
+}
