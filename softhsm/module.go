@@ -80,7 +80,7 @@ func privateModules() []string {
 	}
 	var patterns []string
 	for _, root := range roots {
-		patterns = append(patterns, filepath.Join(root, "build/deps/usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so"))
+		patterns = append(patterns, root+"/build/deps/usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so")
 	}
 	return patterns
 }

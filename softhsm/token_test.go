@@ -1,7 +1,7 @@
 package softhsm_test
 
 import (
-	"encoding/json"
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -34,7 +34,7 @@ func TestNew(t *testing.T) {
 		require.GreaterOrEqual(t, len(text), hsm.MinPINLen)
 		stored, err := os.ReadFile(file)
 		require.NoError(t, err)
-		require.True(t, string(stored) == string(text), "the file holds the PIN") // prints neither
+		require.True(t, bytes.Equal(stored, text), "the file holds the PIN") // prints neither
 		requireMode(t, file, 0o600)
 		pins[string(text)] = true
 	}
@@ -58,8 +58,6 @@ func TestTokenPrintsNoPIN(t *testing.T) {
 	for _, verb := range []string{"%v", "%+v", "%#v", "%s", "%q", "%x"} {
 		require.NotContains(t, fmt.Sprintf(verb, *token), string(pin), verb)
 	}
-	_, err = json.Marshal(token)
-	require.Error(t, err)
 }
 
 func TestNewCleansUp(t *testing.T) {
