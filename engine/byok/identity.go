@@ -74,7 +74,7 @@ func MaterialID(keyID string, material []byte) ([MaterialIDLen]byte, error) {
 	}
 	for i := range 2 {
 		message := append([]byte(materialIDLabel), byte(i+1))
-		message = binary.BigEndian.AppendUint16(message, uint16(len(keyID))) //nolint:gosec // bounded above
+		message = binary.BigEndian.AppendUint16(message, uint16(len(keyID)))
 		message = append(message, keyID...)
 		mac := cmac(block, message)
 		copy(id[i*aes.BlockSize:], mac[:])

@@ -70,8 +70,8 @@ func wrapRSA(algorithm string, spki, material []byte) ([]byte, error) {
 	case OAEPSHA256:
 		wrapped, err = rsa.EncryptOAEP(sha256.New(), rand.Reader, pub, material, nil)
 	case PKCS1v15:
-		// Its danger is with who decrypts; the customer chose the algorithm.
-		wrapped, err = rsa.EncryptPKCS1v15(rand.Reader, pub, material) //nolint:staticcheck // deprecated for that danger
+		// Deprecated for the dangers of decrypting it, which is not done here.
+		wrapped, err = rsa.EncryptPKCS1v15(rand.Reader, pub, material)
 	}
 	if err != nil { // the exponent is no good
 		return nil, fmt.Errorf("%w: %w", ErrPublicKey, err)

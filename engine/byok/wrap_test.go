@@ -44,10 +44,12 @@ func keyPair(t testing.TB, args ...string) (file string, spki []byte) {
 }
 
 func rsaPair(t testing.TB, bits int) (file string, spki []byte) {
+	t.Helper()
 	return keyPair(t, "-algorithm", "RSA", "-pkeyopt", fmt.Sprintf("rsa_keygen_bits:%d", bits))
 }
 
 func sm2Pair(t testing.TB) (file string, spki []byte) {
+	t.Helper()
 	return keyPair(t, "-algorithm", "EC", "-pkeyopt", "ec_paramgen_curve:SM2")
 }
 
