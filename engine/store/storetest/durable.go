@@ -1,0 +1,86 @@
+package storetest
+
+import (
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/keyferry/keyferry/engine/store"
+)
+
+// RunReopened tests that a store finds its rows again. Every call of database
+// makes a new, empty database and returns a function that opens it, which
+// RunReopened calls again after each Close.
+func RunReopened(t *testing.T, database func(t *testing.T) (open func(t *testing.T) store.Store)) {
+	t.Helper()
+	t.Run("Reopened", func(t *testing.T) { testReopened(t, database(t)) })
+	t.Run("ReopenedEmpty", func(t *testing.T) {
+		open := database(t)
+		for range 3 {
+			s := open(t)
+			requireList(t, s, nil, store.KeyFilter{}, 0, 10)
+			require.NoError(t, s.Close())
+		}
+	})
+}
+
+func testReopened(t *testing.T, open func(t *testing.T) store.Store) {
+	ctx := t.Context()
+	s := open(t)
+	first, second, third := create(t, s, newKey(1)), create(t, s, newKey(2)), create(t, s, newKey(3))
+	second = imported(second)
+	require.NoError(t, s.UpdateKey(ctx, second))
+	require.NoError(t, s.DeleteKey(ctx, third.KeyID, 1))
+	addPairs(t, s, 1, 5)
+	token := bind(t, s, newBind(1, second))
+	_, err := s.CountFailure(ctx, token.ID)
+	require.NoError(t, err)
+	require.NoError(t, s.RetirePair(ctx, id16(2), at(9)))
+	require.NoError(t, s.DeletePair(ctx, id16(3)))
+	usage := store.Usage{KeyID: second.KeyID, Uses: 77, Boot: 1, MAC: fill(32, 1)}
+	require.NoError(t, s.PutUsages(ctx, []store.Usage{usage}))
+	fresh, err := s.AddNonce(ctx, newNonce(1), at(0))
+	require.NoError(t, err)
+	require.True(t, fresh)
+	boot, err := s.NextBoot(ctx)
+	require.NoError(t, err)
+	name, err := s.Instance(ctx)
+	require.NoError(t, err)
+	pairs, err := s.Pairs(ctx, time.Time{}, 0)
+	require.NoError(t, err)
+	counts, err := s.PairCounts(ctx, at(5))
+	require.NoError(t, err)
+
+	for range 3 {
+		require.NoError(t, s.Close())
+		s = open(t)
+		requireList(t, s, []store.Key{first, second}, store.KeyFilter{}, 0, 10)
+		requireKey(t, s, first)
+		key, loaded, err := s.LoadImport(ctx, second.KeyID, token.ID)
+		require.NoError(t, err)
+		require.Equal(t, second, key)
+		token.Failures = 1
+		require.Equal(t, token, loaded)
+		got, err := s.Usage(ctx, second.KeyID)
+		require.NoError(t, err)
+		require.Equal(t, usage, got)
+		fresh, err = s.AddNonce(ctx, newNonce(1), at(1))
+		require.NoError(t, err)
+		require.False(t, fresh, "a nonce outlives a restart")
+		next, err := s.NextBoot(ctx)
+		require.NoError(t, err)
+		require.Greater(t, next, boot)
+		boot = next
+		sameName, err := s.Instance(ctx)
+		require.NoError(t, err)
+		require.Equal(t, name, sameName)
+		samePairs, err := s.Pairs(ctx, time.Time{}, 0)
+		require.NoError(t, err)
+		require.Equal(t, pairs, samePairs)
+		sameCounts, err := s.PairCounts(ctx, at(5))
+		require.NoError(t, err)
+		require.Equal(t, counts, sameCounts)
+	}
+	require.NoError(t, s.Close())
+}
