@@ -1,6 +1,13 @@
 package engine
 
-import "fmt"
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/keyferry/keyferry/engine/store"
+	"github.com/keyferry/keyferry/hsm"
+)
 
 // Kind is a kind of error, and itself an error, so that callers decide with
 // errors.Is(err, engine.KeyNotFound). Its text is for logs; protocols have
@@ -61,3 +68,43 @@ func (e *Error) Is(target error) bool { return target == e.Kind }
 
 // Unwrap returns the cause, if it may be known.
 func (e *Error) Unwrap() error { return e.cause }
+
+func invalid(parameter, hint string) error {
+	return &Error{Kind: InvalidParameter, Parameter: parameter, Hint: hint}
+}
+
+// tokenError says what a failure of the token means to a caller. Refused key
+// material and failed authentication are no failures of the token: whoever
+// asks for them looks for them first.
+func tokenError(err error) error {
+	switch {
+	case errors.Is(err, hsm.ErrUnavailable), errors.Is(err, hsm.ErrKeyLost), errors.Is(err, hsm.ErrPIN),
+		errors.Is(err, hsm.ErrClosed), interrupted(err):
+		return &Error{Kind: Unavailable, cause: err}
+	case errors.Is(err, hsm.ErrUnsupported):
+		return &Error{Kind: UnsupportedOp, Hint: err.Error()}
+	}
+	return &Error{Kind: Internal, cause: err}
+}
+
+// storeError says what a failure of the store means to a caller.
+func storeError(err error) error {
+	if errors.Is(err, store.ErrUnavailable) || interrupted(err) {
+		return &Error{Kind: Unavailable, cause: err}
+	}
+	return &Error{Kind: Internal, cause: err}
+}
+
+// keyError is storeError where the row of a CMK was asked for.
+func keyError(err error) error {
+	if errors.Is(err, store.ErrNotFound) {
+		return &Error{Kind: KeyNotFound}
+	}
+	return storeError(err)
+}
+
+// interrupted reports whether a context ended. The caller may look for that
+// itself: Error unwraps to it.
+func interrupted(err error) bool {
+	return errors.Is(err, context.Canceled) || errors.Is(err, context.DeadlineExceeded)
+}

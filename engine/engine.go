@@ -1,0 +1,241 @@
+// Package engine keeps customer master keys (CMKs) whose material their owners
+// bring: it hands out parameters for an import, imports wrapped material into
+// a PKCS#11 token, lets it expire, deletes it, and encrypts and decrypts under
+// it, in the token.
+//
+// Start with New. An Engine needs a token that hsm.Open opened and a
+// store.Store; both stay the caller's to close, after the Engine.
+//
+// What it guarantees:
+//
+//   - Key material is in the clear nowhere but in the token.
+//   - An import that was answered is durable, and one that failed has changed
+//     nothing: a CMK is never Enabled by it.
+//   - A CMK has one material for its whole life, even across deletion and
+//     expiry; what identifies it is measured in the token.
+//   - Material stops working in the second in which it expires, and when
+//     DeleteKeyMaterial, DisableKey or ScheduleKeyDeletion returns, on this
+//     Engine.
+//   - No row that someone else wrote or moved is used: each carries a MAC that
+//     only the token can make. An old row brought back whole is not noticed.
+//
+// Every method takes a context, which bounds waiting for the store, for a
+// session and for wrapping pairs. A call that has entered the PKCS#11 library
+// is not interrupted. Every request that fails answers an *Error; see Kind.
+package engine
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/keyferry/keyferry/engine/store"
+	"github.com/keyferry/keyferry/hsm"
+)
+
+// Config says what an Engine works with. Token and Store are required.
+type Config struct {
+	Token  *hsm.Token
+	Store  store.Store
+	Logger *slog.Logger     // nil: discards
+	Now    func() time.Time // nil: time.Now
+
+	PoolSize  int            // ready wrapping pairs per spec and algorithm; 0: 8
+	PairBound int            // outstanding ones before they are shared; 0: 64
+	PairSpecs []hsm.PairSpec // offered if the token has them; nil: RSA_2048
+
+	CacheSize int // open keys; 0: 10,000
+
+	// A refused import is answered at FailureFloor after its start or at a
+	// multiple of it, whatever the token took to refuse it. 0: 100 ms.
+	FailureFloor time.Duration
+	// FailureBudget is how many imports may be refused by one import token
+	// before that is invalid for ever. 0: 100.
+	FailureBudget int
+
+	SweepInterval time.Duration // 0: one second
+	ManualSweep   bool          // only Sweep sweeps, for tests
+}
+
+// Validate returns everything that is wrong with a Config.
+func (c *Config) Validate() error {
+	var errs []error
+	if c.Token == nil {
+		errs = append(errs, errors.New("engine: Config.Token is required"))
+	}
+	if c.Store == nil {
+		errs = append(errs, errors.New("engine: Config.Store is required"))
+	}
+	for _, field := range []struct {
+		name  string
+		value int64
+	}{
+		{"PoolSize", int64(c.PoolSize)},
+		{"PairBound", int64(c.PairBound)},
+		{"CacheSize", int64(c.CacheSize)},
+		{"FailureFloor", int64(c.FailureFloor)},
+		{"FailureBudget", int64(c.FailureBudget)},
+		{"SweepInterval", int64(c.SweepInterval)},
+	} {
+		if field.value < 0 {
+			errs = append(errs, fmt.Errorf("engine: Config.%s is negative", field.name))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Engine keeps CMKs. All methods are safe for concurrent use.
+type Engine struct {
+	token     *hsm.Token
+	store     store.Store
+	log       *slog.Logger
+	now       func() time.Time
+	instance  string
+	specs     []hsm.PairSpec
+	offers    []WrappingOffer
+	pairBound int
+
+	failureFloor  time.Duration
+	failureBudget int
+	attempts      attempts
+
+	cache    *cache
+	usage    *usage
+	pool     *pool
+	sweeping chan struct{} // held while sweeping
+
+	life context.Context // ends with Close
+	end  context.CancelFunc
+
+	mu      sync.Mutex
+	closed  bool
+	working sync.WaitGroup // goroutines, none of which starts after closed
+}
+
+// errClosed is the cause of an Unavailable after Close.
+var errClosed = errors.New("engine: closed")
+
+// closeTimeout bounds what is cleaned up after a context has ended.
+const closeTimeout = 10 * time.Second
+
+// New starts an Engine: it clears away what a crash left in the token and
+// begins to fill the pools of wrapping pairs and to sweep. ctx is for the start
+// only.
+func New(ctx context.Context, cfg Config) (*Engine, error) {
+	if err := cfg.Validate(); err != nil {
+		return nil, err
+	}
+	instance, err := cfg.Store.Instance(ctx)
+	if err != nil {
+		return nil, storeError(err)
+	}
+	e := &Engine{
+		token:         cfg.Token,
+		store:         cfg.Store,
+		log:           cfg.Logger,
+		now:           cfg.Now,
+		instance:      instance,
+		specs:         cfg.PairSpecs,
+		pairBound:     orDefault(cfg.PairBound, 64),
+		failureFloor:  orDefault(cfg.FailureFloor, 100*time.Millisecond),
+		failureBudget: orDefault(cfg.FailureBudget, 100),
+		sweeping:      make(chan struct{}, 1),
+	}
+	if e.log == nil {
+		e.log = slog.New(slog.DiscardHandler)
+	}
+	if e.now == nil {
+		e.now = time.Now
+	}
+	if e.specs == nil {
+		e.specs = []hsm.PairSpec{hsm.RSA2048}
+	}
+	e.offers = offersOf(e.token, e.specs)
+	if err := e.reconcilePairs(ctx); err != nil {
+		return nil, err
+	}
+	e.life, e.end = context.WithCancel(context.Background())
+	e.usage = newUsage(e.token, e.store, e.log)
+	e.cache = newCache(orDefault(cfg.CacheSize, 10000), e.openRow, e.discardKey)
+	e.pool = newPool(orDefault(cfg.PoolSize, 8), e.life.Done())
+	e.spawn(func() { e.generate(e.life) })
+	if !cfg.ManualSweep {
+		e.spawn(func() { e.sweepEvery(e.life, orDefault(cfg.SweepInterval, time.Second)) })
+	}
+	return e, nil
+}
+
+func orDefault[T int | time.Duration](value, otherwise T) T {
+	if value == 0 {
+		return otherwise
+	}
+	return value
+}
+
+// Close ends everything the Engine does of its own accord, closes the open keys
+// and writes down the counts of uses. Requests under way fail or finish.
+func (e *Engine) Close() error {
+	e.mu.Lock()
+	already := e.closed
+	e.closed = true
+	e.mu.Unlock()
+	if already {
+		return nil
+	}
+	e.end()
+	e.working.Wait()
+	e.cache.close()
+	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	defer cancel()
+	return e.usage.flush(ctx)
+}
+
+// Health returns nil if store and token answer.
+func (e *Engine) Health(ctx context.Context) error {
+	instance, err := e.store.Instance(ctx)
+	if err != nil {
+		return storeError(err)
+	}
+	if instance != e.instance {
+		return &Error{Kind: Internal, cause: errors.New("the store is another one than at the start")}
+	}
+	if _, err := e.token.Random(ctx, 16); err != nil {
+		return tokenError(err)
+	}
+	return nil
+}
+
+// second is the present time as rows have it: UTC, whole seconds.
+func (e *Engine) second() time.Time { return e.now().UTC().Truncate(time.Second) }
+
+// spawn runs work in a goroutine that Close waits for, or reports false after
+// Close.
+func (e *Engine) spawn(work func()) bool {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.closed {
+		return false
+	}
+	e.working.Go(work)
+	return true
+}
+
+// detach does work that must come to its end once begun, such as a commit and
+// what has to follow it, and bounds only the waiting by the caller's context.
+// A commit given up half-way might otherwise take effect later, with nobody
+// there to close what it made stale.
+func (e *Engine) detach(ctx context.Context, work func(context.Context) error) error {
+	done := make(chan error, 1)
+	if !e.spawn(func() { done <- work(e.life) }) {
+		return &Error{Kind: Unavailable, cause: errClosed}
+	}
+	select {
+	case err := <-done:
+		return err
+	case <-ctx.Done():
+		return &Error{Kind: Unavailable, cause: ctx.Err()}
+	}
+}

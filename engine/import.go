@@ -1,0 +1,302 @@
+package engine
+
+import (
+	"context"
+	"crypto/subtle"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/keyferry/keyferry/engine/store"
+	"github.com/keyferry/keyferry/hsm"
+)
+
+// ImportKeyMaterial imports wrapped material into a CMK. When it returns nil
+// the material, its identity, its expiry and the CMK's state are durable.
+//
+// The first import decides for ever which material a CMK has. Later ones bring
+// back the same material, or give it another expiry.
+//
+// InvalidKeyMaterial is the one answer to a blob that does not decrypt, has
+// the wrong length, was made for another pair or holds other material than the
+// CMK's first or than the caller expects. It says nothing more, comes no
+// sooner than Config.FailureFloor, and counts against the import token: after
+// Config.FailureBudget of them the token is InvalidImportToken for ever.
+func (e *Engine) ImportKeyMaterial(ctx context.Context, in ImportInput) (KeyMetadata, error) {
+	start := time.Now() // not Config.Now: the floor is real time
+	metadata, err := e.importMaterial(ctx, &in)
+	if errors.Is(err, InvalidKeyMaterial) {
+		waitForFloor(ctx, start, e.failureFloor)
+		return KeyMetadata{}, &Error{Kind: InvalidKeyMaterial}
+	}
+	return metadata, err
+}
+
+// waitForFloor waits until the time since start is a multiple of floor, so
+// that nothing can be told from how long a refusal took, or until ctx ends.
+func waitForFloor(ctx context.Context, start time.Time, floor time.Duration) {
+	rest(ctx, floor-time.Since(start)%floor)
+}
+
+func (e *Engine) importMaterial(ctx context.Context, in *ImportInput) (KeyMetadata, error) {
+	if err := in.check(e.now()); err != nil {
+		return KeyMetadata{}, err
+	}
+	a, err := e.admit(ctx, in)
+	if err != nil {
+		return KeyMetadata{}, err
+	}
+	defer e.attempts.end(a.token.id)
+
+	imported, err := e.unwrap(ctx, in, a)
+	if err != nil {
+		return KeyMetadata{}, err
+	}
+	for range maxConflicts {
+		err := e.commitImport(ctx, in, a, &imported)
+		switch {
+		case err == nil:
+			return metadataOf(&a.row), nil
+		case errors.Is(err, errOtherMaterial):
+			return KeyMetadata{}, e.refuseMaterial(ctx, a)
+		case !errors.Is(err, store.ErrConflict):
+			return KeyMetadata{}, err
+		}
+		// Someone changed the CMK meanwhile. What the token measured stays
+		// true; whether it may be imported is judged anew.
+		if _, err := e.judge(ctx, in, a); err != nil {
+			return KeyMetadata{}, err
+		}
+	}
+	return KeyMetadata{}, &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
+}
+
+// check refuses what is wrong with a request by itself.
+func (in *ImportInput) check(now time.Time) error {
+	if err := checkKeyID(in.KeyID); err != nil {
+		return err
+	}
+	const expiry = "KeyMaterialExpireUnix"
+	switch {
+	case len(in.ImportToken) == 0:
+		return &Error{Kind: MissingParameter, Parameter: "ImportToken"}
+	case in.ExpectCheckValue != nil && len(in.ExpectCheckValue) != hsm.KCVLen:
+		return invalid(expectCheckValue, "a check value has 3 bytes")
+	case in.ExpectMaterialID != nil && len(in.ExpectMaterialID) != hsm.MaterialIDLen:
+		return invalid(expectMaterialID, "a material id has 32 bytes")
+	case in.ExpireAt.IsZero():
+		return nil
+	case in.ExpireAt.Nanosecond() != 0 || in.ExpireAt.UTC().Year() > 9999:
+		return invalid(expiry, "whole seconds, before the year 10000")
+	case !in.ExpireAt.After(now):
+		return invalid(expiry, "it has passed")
+	}
+	return nil
+}
+
+// Names of parameters that the Alibaba Cloud KMS API does not have, as kmsapi
+// has them.
+const (
+	expectCheckValue = "ExpectKeyCheckValue"
+	expectMaterialID = "ExpectKeyMaterialId"
+)
+
+// admitted is an import that CMK and import token allow.
+type admitted struct {
+	row   store.Key // as of now, with the revision that is stored
+	token importToken
+	pair  store.Pair
+}
+
+// admit decides whether an import may go ahead. If so, its attempt has begun,
+// for the caller to end.
+func (e *Engine) admit(ctx context.Context, in *ImportInput) (*admitted, error) {
+	token, wellFormed := parseImportToken(in.ImportToken)
+	if !wellFormed {
+		token = importToken{} // which no store knows
+	}
+	a := &admitted{token: token}
+	for {
+		n := e.attempts.begin(token.id)
+		failures, err := e.judge(ctx, in, a)
+		if err != nil {
+			e.attempts.end(token.id)
+			return nil, err
+		}
+		if failures+n <= e.failureBudget {
+			return a, nil
+		}
+		// Those under way may yet use up what is left of the budget.
+		if ended := e.attempts.withdraw(token.id); ended != nil {
+			select {
+			case <-ended:
+			case <-ctx.Done():
+				return nil, &Error{Kind: Unavailable, cause: ctx.Err()}
+			}
+		}
+	}
+}
+
+// judge reads CMK and import token as of one moment and refuses what either
+// does not allow. It leaves in a what it read, and returns the failures of the
+// import token.
+func (e *Engine) judge(ctx context.Context, in *ImportInput, a *admitted) (failures int, err error) {
+	stored, known, err := e.store.LoadImport(ctx, in.KeyID, a.token.id)
+	if err != nil {
+		return 0, keyError(err)
+	}
+	if stored.KeyID != in.KeyID {
+		return 0, &Error{Kind: Internal, cause: errWrongRow}
+	}
+	if err := e.verifyRow(ctx, &stored); err != nil {
+		return 0, err
+	}
+	row, there := asOf(stored, e.second())
+	if !there {
+		return 0, &Error{Kind: KeyNotFound}
+	}
+	if _, err := opImport.next(KeyState(row.State)); err != nil {
+		return 0, err
+	}
+	if err := e.judgeToken(ctx, in, &a.token, &known); err != nil {
+		return 0, err
+	}
+	a.row, a.pair = row, known.Pair
+	return known.Failures, e.judgeRequest(in, a)
+}
+
+// judgeToken refuses an import token that is not ours, for another CMK, used
+// up or expired, or that the store does not know as it presents itself.
+func (e *Engine) judgeToken(ctx context.Context, in *ImportInput, token *importToken, known *store.ImportToken) error {
+	if token.id == ([16]byte{}) {
+		return &Error{Kind: InvalidImportToken}
+	}
+	if err := e.verifyImportToken(ctx, in.ImportToken); err != nil {
+		return err
+	}
+	inStore := token.matches(known)
+	switch {
+	case token.keyID != in.KeyID, inStore && known.Failures >= e.failureBudget:
+		return &Error{Kind: InvalidImportToken}
+	case due(token.expiresAt, e.second()):
+		return &Error{Kind: ExpiredImportToken} // also when the sweep has removed its row
+	case !inStore:
+		return &Error{Kind: InvalidImportToken}
+	}
+	return nil
+}
+
+// judgeRequest refuses an algorithm that was switched off since, expectations
+// that this token cannot check, and the lack of any where nothing else tells a
+// damaged blob from a good one.
+func (e *Engine) judgeRequest(in *ImportInput, a *admitted) error {
+	if err := e.token.Offers(a.token.spec, a.token.algorithm); err != nil {
+		return tokenError(err)
+	}
+	if KeySpec(a.row.Spec) == AliyunSM4 && in.ExpectCheckValue != nil && e.token.Usable(hsm.SM4) != nil {
+		return invalid(expectCheckValue, "this token has no SM4 to compute it with; expect a material id instead")
+	}
+	if a.token.algorithm == hsm.PKCS1v15 && e.token.ImplicitRejection() &&
+		in.ExpectCheckValue == nil && in.ExpectMaterialID == nil {
+		return invalid(expectMaterialID, "required with RSAES_PKCS1_V1_5 on this token, or a check value: "+
+			"it answers a damaged blob with a random key")
+	}
+	return nil
+}
+
+// unwrap has the token unwrap, measure and seal the material. No lock of the
+// engine is held meanwhile.
+func (e *Engine) unwrap(ctx context.Context, in *ImportInput, a *admitted) (hsm.Imported, error) {
+	_, err := e.pairOf(ctx, &a.pair)
+	var imported hsm.Imported
+	if err == nil {
+		imported, err = e.token.Import(ctx, hsm.ImportRequest{
+			Pair:      a.token.pair,
+			Algorithm: a.token.algorithm,
+			Wrapped:   in.EncryptedKeyMaterial,
+			Spec:      KeySpec(a.row.Spec).materialSpec(),
+			Context:   []byte(in.KeyID),
+		})
+	}
+	switch {
+	case err == nil:
+		return imported, nil
+	case errors.Is(err, hsm.ErrInvalidMaterial):
+		return hsm.Imported{}, e.refuseMaterial(ctx, a)
+	case errors.Is(err, hsm.ErrPairNotFound):
+		return hsm.Imported{}, &Error{Kind: InvalidImportToken, Hint: "its public key is gone; ask for new parameters"}
+	case errors.Is(err, hsm.ErrUntrusted):
+		e.log.LogAttrs(ctx, slog.LevelError, "a wrapping pair is not ours; it is refused",
+			slog.String("pair", pairName(a.token.pair)), slog.Any("error", err))
+	}
+	return hsm.Imported{}, tokenError(err)
+}
+
+// errOtherMaterial: the material is not the one that was expected.
+var errOtherMaterial = errors.New("engine: other key material")
+
+// commitImport makes the import durable in one transaction: material, identity,
+// expiry and state. It returns errOtherMaterial and store.ErrConflict as they
+// are.
+func (e *Engine) commitImport(ctx context.Context, in *ImportInput, a *admitted, imported *hsm.Imported) error {
+	row := a.row
+	first, known, err := identityOf(&row)
+	if err != nil {
+		return err
+	}
+	asExpected := equalOrNil(in.ExpectCheckValue, imported.CheckValue.Value[:])
+	asExpected = equalOrNil(in.ExpectMaterialID, imported.Identity.MaterialID[:]) && asExpected
+	if known {
+		asExpected = imported.Identity.Equal(first) && asExpected
+	}
+	if !asExpected {
+		return errOtherMaterial
+	}
+	state, err := opImport.next(KeyState(row.State))
+	if err != nil {
+		return err
+	}
+	material, err := imported.Material.MarshalBinary()
+	if err != nil {
+		return &Error{Kind: Internal, cause: err}
+	}
+	row.State = string(state)
+	row.KCV = imported.Identity.KCV[:]
+	row.MaterialID = imported.Identity.MaterialID[:]
+	row.CheckValueAlgorithm = imported.CheckValue.Algorithm
+	row.CheckValue = imported.CheckValue.Value[:]
+	row.Material = material
+	row.ExpireAt = in.ExpireAt.UTC()
+	row.WrappingAlgorithm = string(a.token.algorithm)
+	row.PairID = a.token.pair[:]
+	row.PairFingerprint = a.token.fingerprint[:]
+	if err := e.commitRow(ctx, row); err != nil {
+		return err
+	}
+	a.row = row
+	return nil
+}
+
+// equalOrNil compares in constant time what was measured with what was
+// expected, if anything was.
+func equalOrNil(expected, measured []byte) bool {
+	return expected == nil || subtle.ConstantTimeCompare(expected, measured) == 1
+}
+
+// refuseMaterial counts a failure, durably, before anybody learns of it; a
+// caller who hangs up does not keep it from being counted. If it cannot be
+// counted the answer is the one that good material would have got as well.
+func (e *Engine) refuseMaterial(ctx context.Context, a *admitted) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+	defer cancel()
+	failures, err := e.store.CountFailure(ctx, a.token.id)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return &Error{Kind: InvalidImportToken} // it expired meanwhile
+	case err != nil:
+		return storeError(err)
+	}
+	e.log.LogAttrs(ctx, slog.LevelWarn, "refused key material",
+		slog.String("key_id", a.row.KeyID), slog.Int("failures", failures), slog.Int("allowed", e.failureBudget))
+	return &Error{Kind: InvalidKeyMaterial}
+}

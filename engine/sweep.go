@@ -1,0 +1,126 @@
+package engine
+
+import (
+	"context"
+	"errors"
+	"log/slog"
+	"time"
+
+	"github.com/keyferry/keyferry/engine/store"
+	"github.com/keyferry/keyferry/hsm"
+)
+
+// sweepBatch is how many rows one read of a sweep returns.
+const sweepBatch = 100
+
+// sweepEvery sweeps until ctx ends.
+func (e *Engine) sweepEvery(ctx context.Context, interval time.Duration) {
+	ticker := time.NewTicker(interval)
+	defer ticker.Stop()
+	for {
+		select {
+		case <-ticker.C:
+			if err := e.Sweep(ctx); err != nil && ctx.Err() == nil {
+				e.log.LogAttrs(ctx, slog.LevelError, "the sweep could not do all its work", slog.Any("error", err))
+			}
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// Sweep makes durable what time has done: it destroys expired material, CMKs
+// past their deletion and pairs past their last token, forgets old nonces and
+// writes down the counts of uses. Whether something is expired never depends
+// on it. What fails does not keep the rest from being done.
+func (e *Engine) Sweep(ctx context.Context) error {
+	select {
+	case e.sweeping <- struct{}{}:
+		defer func() { <-e.sweeping }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	now := e.second()
+	return errors.Join(
+		e.sweepKeys(ctx, now),
+		e.sweepPairs(ctx, now),
+		e.store.DeleteNonces(ctx, now),
+		e.usage.flush(ctx),
+	)
+}
+
+// sweepKeys goes on until no CMK is due. One that cannot be swept, because its
+// row was tampered with or is being changed just now, is left for the next
+// time and must not hide those behind it.
+func (e *Engine) sweepKeys(ctx context.Context, now time.Time) error {
+	var failed error
+	skipped := make(map[string]bool)
+	for {
+		limit := sweepBatch + len(skipped)
+		rows, err := e.store.DueKeys(ctx, now, limit)
+		if err != nil {
+			return errors.Join(failed, err)
+		}
+		for i := range rows {
+			if skipped[rows[i].KeyID] {
+				continue
+			}
+			err := e.sweepKey(ctx, &rows[i], now)
+			switch {
+			case err == nil:
+				continue
+			case errors.Is(err, Unavailable):
+				return errors.Join(failed, err)
+			case errors.Is(err, store.ErrConflict), errors.Is(err, store.ErrNotFound), errors.Is(err, hsm.ErrUntrusted):
+				// Changed by someone else, for whom the next sweep is soon
+				// enough; or tampered with, which verifyRow has logged.
+			default:
+				failed = errors.Join(failed, err)
+			}
+			skipped[rows[i].KeyID] = true
+		}
+		if len(rows) < limit {
+			return failed
+		}
+	}
+}
+
+// sweepKey does to one CMK what time has done to it.
+func (e *Engine) sweepKey(ctx context.Context, stored *store.Key, now time.Time) error {
+	if err := e.verifyRow(ctx, stored); err != nil {
+		return err
+	}
+	row, there := asOf(*stored, now)
+	if there {
+		return e.commitRow(ctx, row)
+	}
+	err := e.detach(ctx, func(ctx context.Context) error {
+		err := e.store.DeleteKey(ctx, stored.KeyID, stored.Revision)
+		e.cache.drop(stored.KeyID, stored.KeyVersionID)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	e.usage.forget(stored.KeyID)
+	return nil
+}
+
+// sweepPairs destroys the pairs whose last import token has expired. A pair is
+// shared only soon after it was bound, so none that is due gets a new token.
+func (e *Engine) sweepPairs(ctx context.Context, now time.Time) error {
+	for {
+		due, err := e.store.Pairs(ctx, now, sweepBatch)
+		if err != nil {
+			return err
+		}
+		for i := range due {
+			if err := e.destroyPair(ctx, due[i].ID); err != nil {
+				return err
+			}
+		}
+		if len(due) < sweepBatch {
+			return nil
+		}
+	}
+}
