@@ -13,7 +13,7 @@ say() { printf '== %s\n' "$*"; }
 docker version >/dev/null || { echo "test-container: no working Docker engine" >&2; exit 1; }
 softhsm/base-image.sh
 say "building the test image"
-docker build -q -t keyferry-test - <softhsm/Dockerfile
+docker build -q -t keyferry-test - <softhsm/Dockerfile >/dev/null
 
 # All modules that the build and the tests use, checked against go.sum.
 go list -deps -test -tags container ./... >/dev/null
@@ -37,7 +37,8 @@ tar -cf - --exclude=./.git --exclude=./bin --exclude=./build . | docker start -a
 
 say "building the image of keyferryd"
 docker cp "$suite:/home/keyferry/src/bin/." "$work/"
-docker build -q -t keyferry/keyferryd -f softhsm/keyferryd.Dockerfile "$work"
+cp softhsm/keyferryd.yaml "$work/"
+docker build -q -t keyferry/keyferryd -f softhsm/keyferryd.Dockerfile "$work" >/dev/null
 
 say "testing keyferryd in a container from outside"
-go test -count=1 -tags container -run TestContainer -v -timeout 10m ./softhsm
+go test -count=1 -tags container -run TestContainer -v -timeout 10m ./cmd/keyferryd
