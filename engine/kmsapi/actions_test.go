@@ -254,11 +254,11 @@ func TestBase64(t *testing.T) {
 func TestEncryptionContext(t *testing.T) {
 	s := newService(t)
 	for text, want := range map[string]map[string]string{
-		``:                       nil,
-		`{}`:                     {},
-		` {"a":"1", "b" : "" } `: {"a": "1", "b": ""},
-		`{"b":"","a":"1"}`:       {"a": "1", "b": ""},
-		`{"\u00e9":"\n"}`:        {"é": "\n"},
+		``:                                 nil,
+		`{}`:                               {},
+		"\t{\"a\":\"1\", \"b\" : \"\" }\n": {"a": "1", "b": ""},
+		`{"b":"","a":"1"}`:                 {"a": "1", "b": ""},
+		`{"\u00e9":"\n"}`:                  {"é": "\n"},
 	} {
 		status, fields := s.do(t, "Decrypt", params("CiphertextBlob", "YQ==", "EncryptionContext", text))
 		require.Equal(t, http.StatusOK, status, fields)

@@ -152,15 +152,16 @@ func (in *input) hex(name string, n int) []byte {
 	return b
 }
 
-// integer reads a decimal number from min to max, absent if the parameter is.
-func (in *input) integer(name string, absent, min, max int) int {
+// integer reads a decimal number from least to most, absent if the parameter
+// is.
+func (in *input) integer(name string, absent, least, most int) int {
 	text := in.optional(name)
 	if text == "" || in.err != nil {
 		return absent
 	}
 	n, err := strconv.Atoi(text)
-	if err != nil || n < min || n > max {
-		in.fail(invalid(name, "%s must be a number from %d to %d", name, min, max))
+	if err != nil || n < least || n > most {
+		in.fail(invalid(name, "%s must be a number from %d to %d", name, least, most))
 		return absent
 	}
 	return n

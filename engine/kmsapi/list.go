@@ -52,8 +52,8 @@ func (h *Handler) listKeys(ctx context.Context, in *input) (body, error) {
 		return nil, err
 	}
 	answer.TotalCount = total
-	for _, key := range keys {
-		answer.Keys.Key = append(answer.Keys.Key, listedKey{KeyID: key.KeyID, KeyARN: h.keyARN(key.KeyID)})
+	for i := range keys {
+		answer.Keys.Key = append(answer.Keys.Key, listedKey{KeyID: keys[i].KeyID, KeyARN: h.keyARN(keys[i].KeyID)})
 	}
 	return answer, nil
 }
