@@ -1,0 +1,177 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+
+	"github.com/keyferry/keyferry/hsm"
+)
+
+// config is the configuration file. Secrets are not in it but in files that it
+// names. Relative paths are relative to the directory of the file.
+type config struct {
+	Listen         string      `yaml:"listen"` // host:port
+	TLS            *tlsConfig  `yaml:"tls,omitempty"`
+	AllowPlainHTTP bool        `yaml:"allow_plain_http,omitempty"` // beyond loopback
+	Region         string      `yaml:"region"`                     // as in ARNs
+	Account        string      `yaml:"account"`                    // likewise
+	AccessKeys     []accessKey `yaml:"access_keys"`
+	Token          tokenConfig `yaml:"token"`
+	Store          storeConfig `yaml:"store"`
+	Pairs          pairsConfig `yaml:"wrapping_pairs,omitempty"`
+	Log            logConfig   `yaml:"log,omitempty"`
+}
+
+type tlsConfig struct {
+	CertFile string `yaml:"cert_file"` // PEM, the server's certificate first
+	KeyFile  string `yaml:"key_file"`  // PEM
+}
+
+type accessKey struct {
+	ID         string `yaml:"id"`
+	SecretFile string `yaml:"secret_file"`
+}
+
+type tokenConfig struct {
+	Module      string `yaml:"module"` // path of the PKCS#11 library
+	Label       string `yaml:"label"`
+	UserPINFile string `yaml:"user_pin_file"`
+	// Pins are written by init, and say which token and which keys are ours.
+	Pins pinsConfig `yaml:"pins,omitempty"`
+	// Environment is set before the library is loaded.
+	Environment map[string]string `yaml:"environment,omitempty"`
+	Sessions    int               `yaml:"sessions,omitempty"`
+	// AllowPKCS1v15 offers RSAES_PKCS1_V1_5, which cannot be made safe against
+	// a thief of the user PIN.
+	AllowPKCS1v15 bool `yaml:"allow_pkcs1_v15,omitempty"`
+}
+
+type pinsConfig struct {
+	Serial     string      `yaml:"serial,omitempty"`
+	VaultAES   fingerprint `yaml:"vault_aes,omitempty"`
+	VaultSM4   fingerprint `yaml:"vault_sm4,omitempty"`
+	MACKey     fingerprint `yaml:"mac_key,omitempty"`
+	ReceiptKey fingerprint `yaml:"receipt_key,omitempty"`
+}
+
+func (p pinsConfig) pins() hsm.Pins {
+	return hsm.Pins{
+		Serial: p.Serial, VaultAES: p.VaultAES.Fingerprint, VaultSM4: p.VaultSM4.Fingerprint,
+		MACKey: p.MACKey.Fingerprint, ReceiptKey: p.ReceiptKey.Fingerprint,
+	}
+}
+
+func pinsOf(p hsm.Pins) pinsConfig {
+	return pinsConfig{
+		Serial: p.Serial, VaultAES: fingerprint{p.VaultAES}, VaultSM4: fingerprint{p.VaultSM4},
+		MACKey: fingerprint{p.MACKey}, ReceiptKey: fingerprint{p.ReceiptKey},
+	}
+}
+
+// fingerprint is left out of a file when it is zero.
+type fingerprint struct{ hsm.Fingerprint }
+
+// IsZero is for yaml's omitempty.
+func (f fingerprint) IsZero() bool { return f.Fingerprint == hsm.Fingerprint{} }
+
+type storeConfig struct {
+	SQLite string `yaml:"sqlite"` // path of the database file
+}
+
+// pairsConfig sizes the pools of wrapping pairs; zero values are the engine's.
+type pairsConfig struct {
+	Specs       []hsm.PairSpec `yaml:"specs,omitempty"`
+	Ready       int            `yaml:"ready,omitempty"`       // kept ready, for each spec and algorithm
+	Outstanding int            `yaml:"outstanding,omitempty"` // before pairs are shared
+}
+
+type logConfig struct {
+	Level  string `yaml:"level,omitempty"`  // debug, info (the default), warn or error
+	Format string `yaml:"format,omitempty"` // text (the default) or json
+}
+
+// loadConfig reads a configuration file. It refuses what it does not know,
+// with the line.
+func loadConfig(path string) (config, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return config{}, fmt.Errorf("cannot read the configuration: %w", err)
+	}
+	cfg, err := parseConfig(text)
+	if err != nil {
+		return config{}, fmt.Errorf("%s: %w", path, err)
+	}
+	dir, err := filepath.Abs(filepath.Dir(path))
+	if err != nil {
+		return config{}, err
+	}
+	cfg.resolve(dir)
+	return cfg, nil
+}
+
+func parseConfig(text []byte) (config, error) {
+	var cfg config
+	decoder := yaml.NewDecoder(bytes.NewReader(text))
+	decoder.KnownFields(true)
+	if err := decoder.Decode(&cfg); err != nil && !errors.Is(err, io.EOF) {
+		return config{}, plainYAMLError(err)
+	}
+	if err := decoder.Decode(&struct{}{}); !errors.Is(err, io.EOF) {
+		return config{}, errors.New("there is a second document in the file: remove it")
+	}
+	return cfg, nil
+}
+
+// plainYAMLError leaves out what only a reader of this source understands.
+func plainYAMLError(err error) error {
+	var typeError *yaml.TypeError
+	if !errors.As(err, &typeError) {
+		return err
+	}
+	problems := make([]error, len(typeError.Errors))
+	for i, text := range typeError.Errors {
+		text, _, _ = strings.Cut(text, " in type ")
+		text, _, _ = strings.Cut(text, " into ") // "cannot unmarshal … into main.tlsConfig"
+		problems[i] = errors.New(strings.Replace(text, "not found", "is unknown", 1))
+	}
+	return errors.Join(problems...)
+}
+
+// resolve makes the paths of a configuration in dir absolute.
+func (c *config) resolve(dir string) {
+	paths := []*string{&c.Token.Module, &c.Token.UserPINFile, &c.Store.SQLite}
+	for i := range c.AccessKeys {
+		paths = append(paths, &c.AccessKeys[i].SecretFile)
+	}
+	if c.TLS != nil {
+		paths = append(paths, &c.TLS.CertFile, &c.TLS.KeyFile)
+	}
+	for _, path := range paths {
+		if *path != "" && !filepath.IsAbs(*path) {
+			*path = filepath.Join(dir, *path)
+		}
+	}
+}
+
+// applyEnvironment sets what the PKCS#11 library reads of the environment. It
+// must come before the library is loaded.
+func (c *config) applyEnvironment() error {
+	for name, value := range c.Token.Environment {
+		if err := os.Setenv(name, value); err != nil {
+			return fmt.Errorf("token.environment: cannot set %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// regionOf and accountOf are what ARNs hold where the file says nothing.
+func (c *config) regionOf() string  { return cmp.Or(c.Region, "local") }
+func (c *config) accountOf() string { return cmp.Or(c.Account, "0") }

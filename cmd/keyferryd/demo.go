@@ -1,0 +1,115 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+)
+
+func demoCommand() *cobra.Command {
+	return &cobra.Command{
+		Use:   "demo",
+		Short: "Walk through the life of a customer's key, against a server started for it",
+		Long: `Starts "keyferryd dev" in a temporary directory and walks through the life of a
+key aloud, as the customer who owns it. Every step is checked: the exit status
+is 0 only if each did what it says.`,
+		Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			return demo(cmd.Context(), cmd.OutOrStdout())
+		},
+	}
+}
+
+func demo(ctx context.Context, out io.Writer) (err error) {
+	dir, err := os.MkdirTemp("", "keyferry-demo-")
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
+
+	w := &walk{out: out}
+	w.title("Start a server: keyferryd dev, on a SoftHSM2 token made for it")
+	server, err := startDev(ctx, filepath.Join(dir, "data"))
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, server.stop()) }()
+	w.say("%s", server.ready)
+
+	if w.kms, err = newClient(filepath.Join(dir, "data", "credentials.json")); err != nil {
+		return err
+	}
+	if err := w.life(ctx); err != nil {
+		return fmt.Errorf("step %d did not do what it says: %w", w.step, err)
+	}
+	_, err = fmt.Fprintf(out, farewell, w.algorithm)
+	return err
+}
+
+const farewell = `
+Every step did what it says. The server of this demo is stopped and its token is
+gone. To keep one running, and to use it from another terminal:
+
+  bin/keyferryd dev --data ./keyferry-data --listen 127.0.0.1:8080
+  bin/keyferry generate --out key.bin
+  bin/keyferry import --in key.bin --algorithm %s --credentials ./keyferry-data/credentials.json
+
+Alibaba Cloud's SDKs, command line and Terraform reach it at that address, with
+the access key in credentials.json.
+`
+
+// devProcess is a running "keyferryd dev".
+type devProcess struct {
+	cmd   *exec.Cmd
+	ready string // its line on standard output
+	log   *bytes.Buffer
+}
+
+// startDev starts this very program again and waits until it is ready.
+func startDev(ctx context.Context, data string) (*devProcess, error) {
+	exe, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	p := &devProcess{log: &bytes.Buffer{}}
+	p.cmd = exec.CommandContext(ctx, exe, "dev", "--data", data) //nolint:gosec // this program
+	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
+	p.cmd.WaitDelay = shutdownTimeout + 10*time.Second
+	p.cmd.Stderr = p.log
+	stdout, err := p.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	line, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil { // it ended instead, and said why
+		_ = p.cmd.Wait()
+		lines := bytes.Split(bytes.TrimSpace(p.log.Bytes()), []byte("\n"))
+		return nil, fmt.Errorf("the server did not start: %s", bytes.TrimPrefix(lines[len(lines)-1], []byte("keyferryd: ")))
+	}
+	p.ready = line[:len(line)-1]
+	return p, nil
+}
+
+// stop ends the server in good order.
+func (p *devProcess) stop() error {
+	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		return err
+	}
+	if err := p.cmd.Wait(); err != nil {
+		return fmt.Errorf("the server did not end well: %w", err)
+	}
+	return nil
+}

@@ -1,0 +1,52 @@
+// Command keyferryd serves the Alibaba Cloud KMS API on a PKCS#11 token, so
+// that customers can bring keys of their own.
+//
+//	keyferryd init    make the keys a token needs, and pin them in the configuration
+//	keyferryd serve   serve as the configuration says
+//	keyferryd dev     serve on a SoftHSM2 token of its own, with nothing set up
+//	keyferryd demo    walk through the life of a customer's key
+//	keyferryd health  ask a running server whether it is well
+//
+// A command that fails writes one line to standard error, saying what is wrong
+// and what to do, and exits with status 1.
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+func main() {
+	// The first signal ends the command in good order, a second one at once.
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	os.Exit(execute(ctx, os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// execute runs one command and returns its exit status.
+func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr io.Writer) int {
+	root := &cobra.Command{
+		Use:           "keyferryd",
+		Short:         "Let customers bring their own keys into a PKCS#11 token",
+		SilenceErrors: true,
+		SilenceUsage:  true,
+	}
+	root.AddCommand(initCommand(), serveCommand(), devCommand(), demoCommand(), healthCommand())
+	root.SetArgs(args)
+	root.SetIn(stdin)
+	root.SetOut(stdout)
+	root.SetErr(stderr)
+	if err := root.ExecuteContext(ctx); err != nil {
+		// One line, also where several things are wrong.
+		_, _ = fmt.Fprintln(stderr, "keyferryd: "+strings.ReplaceAll(err.Error(), "\n", "; "))
+		return 1
+	}
+	return 0
+}

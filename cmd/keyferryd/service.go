@@ -1,0 +1,143 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net/http"
+	"os"
+
+	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/engine/acs"
+	"github.com/keyferry/keyferry/engine/kmsapi"
+	"github.com/keyferry/keyferry/engine/store/sqlite"
+	"github.com/keyferry/keyferry/hsm"
+)
+
+// service is everything of a server but its port.
+type service struct {
+	handler http.Handler
+	engine  *engine.Engine
+	token   *hsm.Token
+	store   *sqlite.Store
+}
+
+// openService opens what a valid configuration names.
+func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service, err error) {
+	secrets := map[string]acs.Secret{}
+	for _, key := range cfg.AccessKeys {
+		secret, err := readSecret(key.SecretFile, log)
+		if err != nil {
+			return nil, fmt.Errorf("the secret of access key %s: %w", key.ID, err)
+		}
+		secrets[key.ID] = acs.NewSecret(secret)
+		clear(secret)
+	}
+	s := &service{}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.close())
+		}
+	}()
+	// The store first: a second server on one database must not get as far as
+	// the token.
+	if s.store, err = sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite, Logger: log}); err != nil {
+		return nil, err
+	}
+	if s.token, err = openToken(ctx, cfg, log); err != nil {
+		return nil, err
+	}
+	s.engine, err = engine.New(ctx, engine.Config{
+		Token: s.token, Store: s.store, Logger: log,
+		PoolSize: cfg.Pairs.Ready, PairBound: cfg.Pairs.Outstanding, PairSpecs: cfg.Pairs.Specs,
+	})
+	if err != nil {
+		return nil, err
+	}
+	api, err := kmsapi.New(kmsapi.Config{
+		Engine: s.engine, Nonces: s.store, Logger: log,
+		Secret: func(id string) ([]byte, bool) {
+			secret, ok := secrets[id]
+			return secret.Bytes(), ok
+		},
+		Region: cfg.regionOf(), Account: cfg.accountOf(),
+	})
+	if err != nil {
+		return nil, err
+	}
+	mux := http.NewServeMux()
+	mux.Handle("/", api)
+	mux.Handle("GET "+healthPath, healthHandler(s.engine, log))
+	s.handler = mux
+	return s, nil
+}
+
+// openToken opens the token, and says what to do where it does not open.
+func openToken(ctx context.Context, cfg *config, log *slog.Logger) (*hsm.Token, error) {
+	if err := cfg.applyEnvironment(); err != nil {
+		return nil, err
+	}
+	if err := checkModule(cfg.Token.Module); err != nil {
+		return nil, err
+	}
+	token, err := hsm.Open(ctx, hsm.Config{
+		Module: cfg.Token.Module, Label: cfg.Token.Label, Pins: cfg.Token.Pins.pins(),
+		PIN:      func() ([]byte, error) { return readSecret(cfg.Token.UserPINFile, log) },
+		Sessions: cfg.Token.Sessions, AllowPKCS1v15: cfg.Token.AllowPKCS1v15, Logger: log,
+	})
+	return token, tokenAdvice(err, cfg)
+}
+
+// checkModule is here because the loader's own words for a missing file help
+// nobody who has not yet installed anything.
+func checkModule(path string) error {
+	if info, err := os.Stat(path); err != nil || info.IsDir() {
+		return fmt.Errorf("there is no PKCS#11 module at %s: install it, or name the right file in token.module", path)
+	}
+	return nil
+}
+
+// tokenAdvice adds what to do to what is wrong with a token.
+func tokenAdvice(err error, cfg *config) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, hsm.ErrPIN):
+		return fmt.Errorf("%w: put the right PIN into %s (it was tried once and will not be tried again)", err, cfg.Token.UserPINFile)
+	case errors.Is(err, hsm.ErrUntrusted):
+		return fmt.Errorf("%w: check that token.module, token.label and token.pins name the token that %q was run on", err, "keyferryd init")
+	case errors.Is(err, hsm.ErrUnavailable):
+		return fmt.Errorf("%w: check token.module, token.label and token.environment, or make the token with %q", err, "keyferryd init --init-token")
+	}
+	return err
+}
+
+// close ends everything in the order in which it depends on each other.
+func (s *service) close() error {
+	var errs []error
+	if s.engine != nil {
+		errs = append(errs, s.engine.Close())
+	}
+	if s.token != nil {
+		errs = append(errs, s.token.Close())
+	}
+	if s.store != nil {
+		errs = append(errs, s.store.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// newLogger writes to w as a valid configuration says.
+func newLogger(cfg logConfig, w io.Writer) *slog.Logger {
+	level, err := cfg.level()
+	if err != nil {
+		level = slog.LevelInfo
+	}
+	options := &slog.HandlerOptions{Level: level}
+	if cfg.Format == "json" {
+		return slog.New(slog.NewJSONHandler(w, options))
+	}
+	return slog.New(slog.NewTextHandler(w, options))
+}
