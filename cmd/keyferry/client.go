@@ -1,0 +1,130 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/keyferry/keyferry/engine/acs"
+)
+
+// apiVersion is the version of the Alibaba Cloud KMS API that is spoken.
+const apiVersion = "2016-01-20"
+
+// client calls a KMS. It never retries: an import that may have happened is
+// looked at with status.
+type client struct {
+	url  string
+	cred acs.Credential
+	http *http.Client
+}
+
+// call does one action. The answer is decoded into answer, if there is one.
+func (c *client) call(ctx context.Context, action string, params url.Values, answer any) error {
+	err := c.do(ctx, action, params, answer)
+	if err == nil {
+		return nil
+	}
+	return explainCall(fmt.Errorf("%s: %w", action, err))
+}
+
+func (c *client) do(ctx context.Context, action string, params url.Values, answer any) error {
+	r, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+"?"+params.Encode(), http.NoBody)
+	if err != nil {
+		return err
+	}
+	r.Header.Set("Accept", "application/json")
+	r.Header.Set("X-Acs-Action", action)
+	r.Header.Set("X-Acs-Version", apiVersion)
+	nonce := make([]byte, 16)
+	if _, err := rand.Read(nonce); err != nil {
+		return err
+	}
+	if err := acs.SignV3(r, nil, c.cred, time.Now(), hex.EncodeToString(nonce)); err != nil {
+		return err
+	}
+	response, err := c.http.Do(r)
+	if err != nil {
+		var u *url.Error
+		if errors.As(err, &u) { // it would repeat the whole query
+			err = fmt.Errorf("%s: %w", r.URL.Host, u.Err)
+		}
+		return err
+	}
+	defer response.Body.Close() //nolint:errcheck // nothing was written
+	body, err := io.ReadAll(io.LimitReader(response.Body, 1<<20))
+	if err != nil {
+		return fmt.Errorf("reading the answer: %w", err)
+	}
+	if response.StatusCode/100 != 2 {
+		e := &apiError{Status: response.StatusCode}
+		if json.Unmarshal(body, e) != nil || e.Code == "" {
+			return fmt.Errorf("HTTP status %s, which no KMS answers like this", response.Status)
+		}
+		return e
+	}
+	if answer != nil && json.Unmarshal(body, answer) != nil {
+		return errors.New("the answer is not what a KMS answers")
+	}
+	return nil
+}
+
+// apiError is an error that a KMS answered.
+type apiError struct {
+	Status    int `json:"-"`
+	Code      string
+	Message   string
+	RequestID string `json:"RequestId"`
+	Recommend string // a hint from keyferryd, a link from Alibaba Cloud
+}
+
+func (e *apiError) Error() string {
+	return fmt.Sprintf("%s: %s (HTTP status %d, RequestId %s)", e.Code, strings.TrimSuffix(e.Message, "."), e.Status, e.RequestID)
+}
+
+// hints say what to do about the codes of errors.
+var hints = map[string]string{
+	"Forbidden.KeyNotFound":        "check --key-id, --region and --endpoint",
+	"Forbidden.NoPermission":       "the access key may not do this: ask who manages it",
+	"ExpiredImportToken":           "import parameters are good for 24 hours: run the command again",
+	"InvalidAccessKeyId.NotFound":  "check the access key id, and that it is for this KMS",
+	"InvalidAccessKeySecret":       "check the access key secret",
+	"InvalidKeyMaterial":           "once material was imported into a key, only the same can be imported again: compare with keyferry status; for other material, make another key",
+	"InvalidTimeStamp.Expired":     "check the clock of this machine: it may be at most 15 minutes off",
+	"Rejected.StateModifiedFailed": "look at the state with keyferry status; deletion must be cancelled first",
+	"SignatureDoesNotMatch":        "check the access key secret",
+	"Unsupported.Origin":           "material can only be imported into a key of origin EXTERNAL",
+	"Unsupported.Alias":            "give the KeyId instead of an alias",
+}
+
+// explainCall says what to do about an error of a call: what the KMS says, or
+// else what the code of its error or of the network means.
+func explainCall(err error) error {
+	var e *apiError
+	switch {
+	case errors.As(err, &e):
+		hint := hints[e.Code]
+		if e.Recommend != "" && !strings.Contains(e.Recommend, "://") {
+			hint = e.Recommend
+		}
+		if hint != "" {
+			return withHint(err, "%s", hint)
+		}
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return withHint(err, "nothing listens there: check --endpoint, and that the KMS is running")
+	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+		return withHint(err, "if the KMS is meant to speak without TLS, give --plain-http")
+	case isCertificateError(err):
+		return withHint(err, "if the certificate is signed by an authority of your own, give --ca-file FILE")
+	}
+	return err
+}

@@ -1,0 +1,280 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"net/url"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/keyferry/keyferry/engine/byok"
+)
+
+// origin is that of keys whose material is imported.
+const origin = "EXTERNAL"
+
+type importOptions struct {
+	conn            connection
+	source          materialSource
+	keyID           string
+	keySpec         string
+	description     string
+	protectionLevel string
+	algorithm       string
+	pairSpec        string
+	expire          string
+	verify          bool
+}
+
+func newImport(std *streams) *cobra.Command {
+	var o importOptions
+	cmd := &cobra.Command{
+		Use:   "import [--key-id ID] [--in FILE]",
+		Short: "Import key material into a key of the KMS",
+		Long: `Import key material into a key of the KMS, a new one unless --key-id names one:
+get a public key, wrap the material under it, and hand it over. Prints what
+identifies the material, to be compared with what the KMS shows.
+
+Once material was imported into a key, only the same can be imported again.`,
+		Example: `  keyferry import --in key.bin --credentials credentials.json
+  keyferry import --in key.bin --key-id 2f9c8b1e-6d0a-4c55-9a43-1b7e5d3c0f21 --expire 90d`,
+		Args: noArguments,
+		RunE: failing(func(ctx context.Context) error { return o.run(ctx, std) }),
+	}
+	o.conn.register(cmd)
+	o.source.register(cmd)
+	registerAlgorithm(cmd, &o.algorithm)
+	f := cmd.Flags()
+	f.StringVar(&o.keyID, "key-id", "", "`KeyId` of the key to import into (default: a new key)")
+	f.StringVar(&o.keySpec, "key-spec", "", "what the material is for: Aliyun_AES_256 (32 bytes) or Aliyun_SM4 (16 bytes) (default: that of the key; of a new one, Aliyun_AES_256)")
+	f.StringVar(&o.description, "description", "", "`TEXT` that describes a new key")
+	f.StringVar(&o.protectionLevel, "protection-level", "", "protection `LEVEL` of a new key: SOFTWARE or HSM (default: as the KMS decides)")
+	f.StringVar(&o.pairSpec, "wrapping-key-spec", "", "`SPEC` of the public key to wrap under (default: RSA_2048, or EC_SM2 for SM2PKE)")
+	f.StringVar(&o.expire, "expire", "", "`WHEN` the material expires: 2027-01-31T00:00:00Z, or 90d or 12h from now (default: never)")
+	f.BoolVar(&o.verify, "verify", false, "have the KMS refuse material that it does not measure as this (keyferryd only)")
+	return cmd
+}
+
+// importReport is what an import answers.
+type importReport struct {
+	KeyID              string `json:"key_id"`
+	State              string `json:"state"`
+	KCV                string `json:"kcv"`
+	MaterialID         string `json:"material_id"`
+	MaterialExpireTime string `json:"material_expire_time,omitempty"` // absent: never
+	MeasuredByKMS      bool   `json:"measured_by_kms"`                // the KMS measured the same material id
+}
+
+func (o *importOptions) run(ctx context.Context, std *streams) error {
+	if err := o.validate(); err != nil {
+		return err
+	}
+	expireAt, err := parseExpire(o.expire, time.Now())
+	if err != nil {
+		return err
+	}
+	c, err := o.conn.client(std)
+	if err != nil {
+		return err
+	}
+	// Material first: no key is made for a file that is not there.
+	material, err := o.source.read(std)
+	if err != nil {
+		return err
+	}
+	defer wipe(material)
+	key, err := o.key(ctx, std, c, material)
+	if err != nil {
+		return err
+	}
+	report, err := o.importInto(ctx, c, key, material, expireAt)
+	if err != nil && o.keyID == "" {
+		return fmt.Errorf("key %s was made, but nothing imported: to go on, give --key-id %s: %w", key.KeyID, key.KeyID, err)
+	}
+	if err != nil {
+		return err
+	}
+	return o.print(std, report)
+}
+
+// validate finds what is wrong with the command line before anything is done.
+func (o *importOptions) validate() error {
+	if o.pairSpec == "" {
+		o.pairSpec = "RSA_2048"
+		if o.algorithm == byok.SM2PKE {
+			o.pairSpec = "EC_SM2"
+		}
+	}
+	switch {
+	case o.keyID != "" && (o.description != "" || o.protectionLevel != ""):
+		return usage("--description and --protection-level are for a new key, and --key-id names one")
+	case o.keySpec != "" && byok.MaterialLen(o.keySpec) == 0:
+		return unknownKeySpec(o.keySpec)
+	}
+	return nil
+}
+
+// key is the key to import into, made if none is named, for which the
+// material was checked.
+func (o *importOptions) key(ctx context.Context, std *streams, c *client, material []byte) (keyMetadata, error) {
+	if o.keyID == "" {
+		keySpec := o.keySpec
+		if keySpec == "" {
+			keySpec = byok.AES256
+		}
+		if err := check(std, material, keySpec); err != nil {
+			return keyMetadata{}, err
+		}
+		return o.create(ctx, c, keySpec)
+	}
+	key, err := describe(ctx, c, o.keyID)
+	switch {
+	case err != nil:
+		return keyMetadata{}, err
+	case key.Origin != origin:
+		return keyMetadata{}, withHint(fmt.Errorf("key %s is of origin %s", key.KeyID, key.Origin), "%s", hints["Unsupported.Origin"])
+	case o.keySpec != "" && o.keySpec != key.KeySpec:
+		return keyMetadata{}, withHint(fmt.Errorf("key %s is of spec %s, not %s", key.KeyID, key.KeySpec, o.keySpec), "leave --key-spec out, or name another key")
+	case byok.MaterialLen(key.KeySpec) == 0:
+		return keyMetadata{}, fmt.Errorf("key %s is of spec %s, whose material this program cannot import", key.KeyID, key.KeySpec)
+	}
+	return key, check(std, material, key.KeySpec)
+}
+
+func (o *importOptions) create(ctx context.Context, c *client, keySpec string) (keyMetadata, error) {
+	params := url.Values{"Origin": {origin}, "KeySpec": {keySpec}}
+	if o.description != "" {
+		params.Set("Description", o.description)
+	}
+	if o.protectionLevel != "" {
+		params.Set("ProtectionLevel", o.protectionLevel)
+	}
+	var answer struct{ KeyMetadata keyMetadata }
+	err := c.call(ctx, "CreateKey", params, &answer)
+	if err == nil && answer.KeyMetadata.KeySpec != keySpec {
+		err = fmt.Errorf("key %s was made with spec %s instead of %s", answer.KeyMetadata.KeyID, answer.KeyMetadata.KeySpec, keySpec)
+	}
+	return answer.KeyMetadata, err
+}
+
+func (o *importOptions) importInto(ctx context.Context, c *client, key keyMetadata, material []byte, expireAt time.Time) (importReport, error) {
+	kcv, err := byok.KCV(key.KeySpec, material)
+	if err != nil {
+		return importReport{}, err
+	}
+	id, err := byok.MaterialID(key.KeyID, material)
+	if err != nil {
+		return importReport{}, err
+	}
+	report := importReport{KeyID: key.KeyID, KCV: hex.EncodeToString(kcv[:]), MaterialID: hex.EncodeToString(id[:])}
+	if key.KeyMaterialID != "" && key.KeyMaterialID != report.MaterialID {
+		return importReport{}, withHint(
+			fmt.Errorf("key %s was first given other material, with key check value %s", key.KeyID, key.KeyCheckValue), "%s", hints["InvalidKeyMaterial"])
+	}
+
+	params := url.Values{"KeyId": {key.KeyID}, "KeyMaterialExpireUnix": {"0"}}
+	if !expireAt.IsZero() {
+		params.Set("KeyMaterialExpireUnix", strconv.FormatInt(expireAt.Unix(), 10))
+	}
+	if o.verify {
+		params.Set("ExpectKeyMaterialId", report.MaterialID)
+		// A token without SM4 measures SM4 material, but not its check value;
+		// the material id says all that it could.
+		if key.KeySpec != byok.SM4 {
+			params.Set("ExpectKeyCheckValue", report.KCV)
+		}
+	}
+	if err := o.wrapFor(ctx, c, key.KeyID, material, params); err != nil {
+		return importReport{}, err
+	}
+	if err := c.call(ctx, "ImportKeyMaterial", params, nil); err != nil {
+		return importReport{}, o.explainImport(err)
+	}
+
+	after, err := describe(ctx, c, key.KeyID)
+	if err != nil {
+		return importReport{}, fmt.Errorf("the material was imported, but then: %w", err)
+	}
+	if after.KeyMaterialID != "" && after.KeyMaterialID != report.MaterialID {
+		return importReport{}, withHint(fmt.Errorf("the KMS measured another material id: %s instead of %s", after.KeyMaterialID, report.MaterialID),
+			"do not use key %s: what the KMS holds is not your material", key.KeyID)
+	}
+	report.State, report.MaterialExpireTime, report.MeasuredByKMS = after.KeyState, after.MaterialExpireTime, after.KeyMaterialID != ""
+	return report, nil
+}
+
+// wrapFor gets parameters for import, wraps the material and adds what
+// ImportKeyMaterial needs of both.
+func (o *importOptions) wrapFor(ctx context.Context, c *client, keyID string, material []byte, params url.Values) error {
+	var answer struct{ PublicKey, ImportToken string }
+	err := c.call(ctx, "GetParametersForImport", url.Values{
+		"KeyId": {keyID}, "WrappingAlgorithm": {o.algorithm}, "WrappingKeySpec": {o.pairSpec},
+	}, &answer)
+	if err != nil {
+		return o.explainParameters(err)
+	}
+	spki, err := base64.StdEncoding.DecodeString(strings.TrimSpace(answer.PublicKey))
+	if err != nil {
+		return errors.New("GetParametersForImport: the public key is not Base64")
+	}
+	wrapped, err := byok.Wrap(o.algorithm, spki, material)
+	if err != nil {
+		return explainWrap(err)
+	}
+	params.Set("EncryptedKeyMaterial", base64.StdEncoding.EncodeToString(wrapped))
+	params.Set("ImportToken", answer.ImportToken)
+	return nil
+}
+
+// explainParameters says which algorithm to try if the KMS refuses this one.
+// It is never tried unasked: the customer decides how a key travels.
+func (o *importOptions) explainParameters(err error) error {
+	var e *apiError
+	if !errors.As(err, &e) || e.Code != "InvalidParameter" || !strings.Contains(e.Message, "Wrapping") {
+		return err
+	}
+	other := byok.OAEPSHA1
+	if o.algorithm == byok.OAEPSHA1 {
+		other = byok.OAEPSHA256
+	}
+	hint := fmt.Sprintf("the KMS does not offer %s with %s: try --algorithm %s", o.algorithm, o.pairSpec, other)
+	if e.Recommend != "" && !strings.Contains(e.Recommend, "://") {
+		hint += " (" + e.Recommend + ")"
+	}
+	return withHint(err, "%s", hint)
+}
+
+// explainImport knows the one refusal that --verify mends: keyferryd takes
+// RSAES_PKCS1_V1_5 from some tokens only with an expectation.
+func (o *importOptions) explainImport(err error) error {
+	var e *apiError
+	if !o.verify && errors.As(err, &e) && e.Code == "InvalidParameter" && strings.Contains(e.Message, "Expect") {
+		return withHint(err, "with %s this KMS imports only what is expected: give --verify", o.algorithm)
+	}
+	return err
+}
+
+func (o *importOptions) print(std *streams, r importReport) error {
+	expires := r.MaterialExpireTime
+	if expires == "" {
+		expires = "never"
+	}
+	measured := "not by this KMS: compare the key check value if it shows one"
+	if r.MeasuredByKMS {
+		measured = "the same material id, in the KMS"
+	}
+	return std.report(r,
+		row{"KeyId", r.KeyID},
+		row{"State", r.State},
+		row{"Key check value", r.KCV},
+		row{"Material id", r.MaterialID},
+		row{"Measured", measured},
+		row{"Expires", expires},
+	)
+}

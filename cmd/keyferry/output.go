@@ -1,0 +1,54 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+)
+
+// row is one line of a table: what, and what it is.
+type row struct{ name, value string }
+
+// report writes a result: as a JSON object if that was asked for, else as
+// rows, of which a lone nameless one is just its value.
+func (s *streams) report(object any, rows ...row) error {
+	if s.json {
+		e := json.NewEncoder(s.out)
+		e.SetEscapeHTML(false)
+		return e.Encode(object)
+	}
+	if len(rows) == 1 && rows[0].name == "" {
+		_, err := fmt.Fprintln(s.out, rows[0].value)
+		return err
+	}
+	w := tabwriter.NewWriter(s.out, 0, 0, 2, ' ', 0)
+	for _, r := range rows {
+		fmt.Fprintf(w, "%s:\t%s\n", r.name, orNone(r.value))
+	}
+	return w.Flush()
+}
+
+// orNone keeps a row from ending in nothing.
+func orNone(s string) string {
+	if strings.TrimSpace(s) == "" {
+		return "-"
+	}
+	return s
+}
+
+// createFile writes a new file that only its owner can read, to the disk
+// before it returns. It never overwrites: that file may be somebody's key.
+func createFile(name string, data []byte) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if errors.Is(err, os.ErrExist) {
+		return withHint(fmt.Errorf("%s is there already", name), "it is not overwritten, as it may be a key; give another name")
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.Write(data)
+	return errors.Join(err, f.Sync(), f.Close())
+}
