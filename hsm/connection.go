@@ -30,16 +30,41 @@ type connection struct {
 	tmpl    templates
 	pairs   sync.Map          // PairID → *pair
 	places  chan *p11.Session // the pool: a session, or nil for one not opened yet
-	size    int               // of the pool
 	keepers chan *p11.Session
-	kept    int // keepers that were opened
+	kept    int           // keepers that were opened
+	gone    chan struct{} // closed when the connection is lost or closed
 
-	dying sync.Once
-	gone  chan struct{} // closed when the connection is lost or closed
+	mu   sync.Mutex // guards size, and the closing of gone
+	size int        // of the pool
 }
 
 // kill makes every later use of the connection fail.
-func (c *connection) kill() { c.dying.Do(func() { close(c.gone) }) }
+func (c *connection) kill() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.dead() {
+		close(c.gone)
+	}
+}
+
+// shrink gives up the place of a session that the token would not grant, and
+// reports whether others are left.
+func (c *connection) shrink() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.size == 1 || c.dead() {
+		return false
+	}
+	c.size--
+	c.t.log.Warn("token grants fewer sessions than configured", "token", c.t.cfg.Label, "sessions", c.size)
+	return true
+}
+
+func (c *connection) sessions() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.size
+}
 
 func (c *connection) dead() bool {
 	select {
@@ -97,8 +122,11 @@ func (t *Token) connect() (_ *connection, err error) {
 		measured: p11.NewTemplate(measured()...),
 		opened:   p11.NewTemplate(opened(c.reseal)...),
 	}
-	if c.caps, err = c.probe(s); err != nil {
-		return nil, fault("probe the token", err)
+	// A token that comes back is the same: its serial and keys are pinned.
+	if c.caps = t.caps.Load(); c.caps == nil {
+		if c.caps, err = c.probe(s); err != nil {
+			return nil, fault("probe the token", err)
+		}
 	}
 	return c, nil
 }
@@ -154,7 +182,7 @@ func login(s *p11.Session, user p11.User, pin func() ([]byte, error)) error {
 // that no handle is used after it may have been given to another object.
 func (c *connection) shutdown() {
 	c.kill()
-	for range c.size {
+	for range c.sessions() {
 		if s := <-c.places; s != nil {
 			_ = s.Close() // of a token that may be gone
 		}
@@ -259,31 +287,35 @@ func (t *Token) reopen() {
 
 // acquire takes a session of the pool, in order of asking.
 func (c *connection) acquire(ctx context.Context) (*p11.Session, error) {
-	var s *p11.Session
-	select {
-	case s = <-c.places:
-	case <-c.gone:
-		return nil, errConnectionLost
-	case <-ctx.Done():
-		return nil, fmt.Errorf("%w: all %d sessions are busy: %w", ErrUnavailable, c.size, ctx.Err())
+	for {
+		var s *p11.Session
+		select {
+		case s = <-c.places:
+		case <-c.gone:
+			return nil, errConnectionLost
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%w: all %d sessions are busy: %w", ErrUnavailable, c.sessions(), ctx.Err())
+		}
+		if c.dead() {
+			c.places <- s
+			return nil, errConnectionLost
+		}
+		if s != nil {
+			return s, nil
+		}
+		s, err := c.t.mod.OpenSession(c.slot)
+		if err == nil {
+			return s, nil
+		}
+		if !errors.Is(err, p11.SessionCount) || !c.shrink() {
+			c.places <- nil
+			return nil, err
+		}
 	}
-	if c.dead() {
-		c.places <- s
-		return nil, errConnectionLost
-	}
-	if s != nil {
-		return s, nil
-	}
-	s, err := c.t.mod.OpenSession(c.slot)
-	if err != nil {
-		c.places <- nil
-		return nil, err
-	}
-	return s, nil
 }
 
 // errConnectionLost: another connection is to be asked for.
-var errConnectionLost = errors.New("hsm: connection lost")
+var errConnectionLost = fmt.Errorf("%w: connection lost", ErrUnavailable)
 
 // release gives a session back, or a place for a new one when err says that
 // the session is dead or in a state nobody knows.

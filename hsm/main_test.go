@@ -1,0 +1,96 @@
+package hsm_test
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/sha1" //nolint:gosec // RSAES_OAEP_SHA_1 is what the token has
+	"testing"
+
+	"github.com/stretchr/testify/require"
+	"go.uber.org/goleak"
+
+	"github.com/keyferry/keyferry/hsm"
+	"github.com/keyferry/keyferry/softhsm"
+)
+
+func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// instance marks the pairs of these tests.
+const instance = "0123456789abcdef"
+
+// bench is a token with one wrapping pair.
+type bench struct {
+	soft  *softhsm.Token
+	token *hsm.Token
+	pair  hsm.PairInfo
+	pub   *rsa.PublicKey
+}
+
+func newBench(t testing.TB, alg hsm.Algorithm, change ...func(*hsm.Config)) *bench {
+	t.Helper()
+	b := &bench{soft: softhsm.New(t, softhsm.WithKeys())}
+	cfg := b.soft.Config()
+	cfg.AllowPKCS1v15 = alg == hsm.PKCS1v15
+	for _, f := range change {
+		f(&cfg)
+	}
+	b.token = open(t, cfg)
+	b.pair, b.pub = newPair(t, b.token, alg)
+	return b
+}
+
+func open(t testing.TB, cfg hsm.Config) *hsm.Token {
+	t.Helper()
+	token, err := hsm.Open(context.Background(), cfg)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, token.Close()) })
+	return token
+}
+
+func newPair(t testing.TB, token *hsm.Token, alg hsm.Algorithm) (hsm.PairInfo, *rsa.PublicKey) {
+	t.Helper()
+	info, err := token.GeneratePair(context.Background(), instance, hsm.RSA2048, alg)
+	require.NoError(t, err)
+	return info, parse(t, info.SPKI)
+}
+
+// wrap wraps as a customer does.
+func (b *bench) wrap(t testing.TB, material []byte) []byte {
+	t.Helper()
+	var out []byte
+	var err error
+	if b.pair.Algorithm == hsm.PKCS1v15 {
+		out, err = rsa.EncryptPKCS1v15(rand.Reader, b.pub, material) //nolint:staticcheck // what customers may ask for
+	} else {
+		out, err = rsa.EncryptOAEP(sha1.New(), rand.Reader, b.pub, material, nil)
+	}
+	require.NoError(t, err)
+	return out
+}
+
+func (b *bench) request(wrapped []byte) hsm.ImportRequest {
+	return hsm.ImportRequest{
+		Pair: b.pair.ID, Algorithm: b.pair.Algorithm, Wrapped: wrapped, Spec: hsm.AES256, Context: []byte("key-1"),
+	}
+}
+
+func (b *bench) imported(t testing.TB, material []byte) hsm.Imported {
+	t.Helper()
+	out, err := b.token.Import(context.Background(), b.request(b.wrap(t, material)))
+	require.NoError(t, err)
+	return out
+}
+
+func (b *bench) opened(t testing.TB, material []byte) *hsm.Key {
+	t.Helper()
+	key, err := b.token.OpenMaterial(context.Background(), b.imported(t, material).Material)
+	require.NoError(t, err)
+	return key
+}
+
+func random(n int) []byte {
+	b := make([]byte, n)
+	_, _ = rand.Read(b) // never fails
+	return b
+}
