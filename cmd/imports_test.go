@@ -25,6 +25,7 @@ const module = "github.com/keyferry/keyferry/"
 var house = map[string][]string{
 	"hsm/internal/cryptoki":  {},
 	"hsm":                    {"hsm/internal/cryptoki"},
+	"hsm/hsmtest":            {"hsm/internal/cryptoki"}, // for tests alone
 	"engine/store":           {"hsm"},
 	"engine/store/storetest": {"engine/store", "hsm"},
 	"engine/store/sqlite":    {"engine/store", "hsm"},
