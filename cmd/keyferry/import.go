@@ -66,6 +66,7 @@ type importReport struct {
 	KeyID              string `json:"key_id"`
 	State              string `json:"state"`
 	KCV                string `json:"kcv"`
+	KCVAlgorithm       string `json:"kcv_algorithm"`
 	MaterialID         string `json:"material_id"`
 	MaterialExpireTime string `json:"material_expire_time,omitempty"` // absent: never
 	MeasuredByKMS      bool   `json:"measured_by_kms"`                // the KMS measured the same material id
@@ -172,7 +173,12 @@ func (o *importOptions) importInto(ctx context.Context, c *client, key keyMetada
 	if err != nil {
 		return importReport{}, err
 	}
-	report := importReport{KeyID: key.KeyID, KCV: hex.EncodeToString(kcv[:]), MaterialID: hex.EncodeToString(id[:])}
+	report := importReport{
+		KeyID: key.KeyID, KCV: hex.EncodeToString(kcv[:]), KCVAlgorithm: "AES-ECB", MaterialID: hex.EncodeToString(id[:]),
+	}
+	if key.KeySpec == byok.SM4 {
+		report.KCVAlgorithm = "SM4-ECB" // a token without SM4 shows the one of AES-ECB
+	}
 	if key.KeyMaterialID != "" && key.KeyMaterialID != report.MaterialID {
 		return importReport{}, withHint(
 			fmt.Errorf("key %s was first given other material, with key check value %s", key.KeyID, key.KeyCheckValue), "%s", hints["InvalidKeyMaterial"])
@@ -272,7 +278,7 @@ func (o *importOptions) print(std *streams, r importReport) error {
 	return std.report(r,
 		row{"KeyId", r.KeyID},
 		row{"State", r.State},
-		row{"Key check value", r.KCV},
+		row{"Key check value", r.KCV + " (" + r.KCVAlgorithm + ")"},
 		row{"Material id", r.MaterialID},
 		row{"Measured", measured},
 		row{"Expires", expires},

@@ -18,13 +18,15 @@ func TestMain(m *testing.M) {
 }
 
 // TestScripts runs the program as its users do. Beside testscript's own, the
-// scripts know two commands:
+// scripts know these commands:
 //
 //	unhex FILE HEX      write bytes to a file
 //	server [QUIRK...]   start a fake KMS with quirks (see fakeKMS) and write
 //	                    credentials.json, which $KEYFERRY_CREDENTIALS names;
 //	                    with tls, also ca.pem
+//	keyferryd           start a real keyferryd dev on a real token instead
 func TestScripts(t *testing.T) {
+	buildDir = t.TempDir()
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {
@@ -34,6 +36,8 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(ts *testscript.TestScript, neg bool, args []string){
 			"unhex":  unhex,
 			"server": server,
+
+			"keyferryd": keyferryd,
 		},
 		RequireExplicitExec: true,
 		RequireUniqueNames:  true,
