@@ -10,9 +10,17 @@ import (
 
 // MeasuredForTest is the template of customers' unwraps for another client of
 // PKCS#11: the bare loop of the benchmarks, and thieves.
-func MeasuredForTest() []*pkcs11.Attribute {
+func MeasuredForTest() []*pkcs11.Attribute { return foreign(measured()) }
+
+// OpenedForTest is the template of opened blobs, likewise.
+func OpenedForTest() []*pkcs11.Attribute { return foreign(opened(false)) }
+
+// HandleForTest is the handle of open material.
+func HandleForTest(k *Key) pkcs11.ObjectHandle { return pkcs11.ObjectHandle(k.handle) }
+
+func foreign(attrs []p11.Attr) []*pkcs11.Attribute {
 	var out []*pkcs11.Attribute
-	for _, a := range measured() {
+	for _, a := range attrs {
 		out = append(out, &pkcs11.Attribute{Type: uint(a.Type), Value: a.Value()})
 	}
 	return out
