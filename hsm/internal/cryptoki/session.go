@@ -26,6 +26,7 @@ import "C"
 import (
 	"errors"
 	"fmt"
+	"runtime"
 	"unsafe"
 
 	"github.com/miekg/pkcs11"
@@ -111,6 +112,7 @@ func (s *Session) CreateObject(t *Template) (Handle, error) {
 	rv := s.m.direct("C_CreateObject", func() C.ck_rv {
 		return C.kf_create(s.m.f, C.ck_ulong(s.h), t.c, t.len(), &h)
 	})
+	runtime.KeepAlive(t)
 	return made(rv, h)
 }
 
@@ -120,6 +122,7 @@ func (s *Session) CopyObject(o Handle, t *Template) (Handle, error) {
 	rv := s.m.direct("C_CopyObject", func() C.ck_rv {
 		return C.kf_copy(s.m.f, C.ck_ulong(s.h), C.ck_ulong(o), t.c, t.len(), &h)
 	})
+	runtime.KeepAlive(t)
 	return made(rv, h)
 }
 
@@ -133,7 +136,9 @@ func (s *Session) DestroyObject(o Handle) error {
 // FindObjects returns every object that matches.
 func (s *Session) FindObjects(t *Template) ([]Handle, error) {
 	f, h := s.m.f, C.ck_ulong(s.h)
-	if rv := s.m.direct("C_FindObjectsInit", func() C.ck_rv { return C.kf_find_init(f, h, t.c, t.len()) }); rv != OK {
+	rv := s.m.direct("C_FindObjectsInit", func() C.ck_rv { return C.kf_find_init(f, h, t.c, t.len()) })
+	runtime.KeepAlive(t)
+	if rv != OK {
 		return nil, rv
 	}
 	var out []Handle
@@ -167,6 +172,7 @@ func (s *Session) GenerateKey(mech Mechanism, t *Template) (Handle, error) {
 	rv := s.m.direct("C_GenerateKey", func() C.ck_rv {
 		return C.kf_generate(s.m.f, C.ck_ulong(s.h), &m, t.c, t.len(), &h)
 	})
+	runtime.KeepAlive(t)
 	return made(rv, h)
 }
 
@@ -177,6 +183,8 @@ func (s *Session) GenerateKeyPair(mech Mechanism, public, private *Template) (pu
 	rv := s.m.direct("C_GenerateKeyPair", func() C.ck_rv {
 		return C.kf_generate_pair(s.m.f, C.ck_ulong(s.h), &m, public.c, public.len(), private.c, private.len(), &hpub, &hpriv)
 	})
+	runtime.KeepAlive(public)
+	runtime.KeepAlive(private)
 	return Handle(hpub), Handle(hpriv), rv.err()
 }
 
@@ -216,6 +224,7 @@ func (s *Session) Unwrap(p Params, key Handle, wrapped []byte, t *Template) (Han
 		rv = s.m.after("C_UnwrapKey", RV(C.kf_unwrap(s.m.f, C.ck_ulong(s.h), &p.m, C.ck_ulong(key),
 			unsafe.Pointer(&wrapped[0]), C.ck_ulong(len(wrapped)), t.c, t.len(), &h)))
 	}
+	runtime.KeepAlive(t)
 	return made(rv, h)
 }
 

@@ -50,7 +50,7 @@ func Nested(t Attribute, attrs []Attr) Attr { return Attr{Type: t, nested: attrs
 
 // Template is a list of attributes in C memory, made once and used in any
 // number of calls. It is immutable, safe for concurrent use, and freed with
-// the Go value.
+// the Go value: a call keeps that alive until it returns.
 type Template struct {
 	attrs []Attr
 	c     *C.ck_attribute
