@@ -26,6 +26,9 @@ type conn struct {
 	prepared map[*query]statement
 	args     []driver.NamedValue
 	row      []driver.Value
+
+	// erased is set by whoever removes key material from a row; see eraser.
+	erased bool
 }
 
 // statement is what the driver's prepared statements are, beyond driver.Stmt.

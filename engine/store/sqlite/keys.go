@@ -21,14 +21,33 @@ var (
 	VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19)`}
 	keyQuery          = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE key_id = $1`}
 	keyByVersionQuery = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE key_version_id = $1`}
-	updateKeyQuery    = &query{`UPDATE cmk SET key_version_id = $2, revision = $3, spec = $4, state = $5, description = $6,
-	created_at = $7, delete_at = $8, kcv = $9, material_id = $10, check_value_algorithm = $11, check_value = $12,
-	material = $13, expire_at = $14, wrapping_algorithm = $15, pair_id = $16, pair_fingerprint = $17, mac = $18, due_at = $19
-	WHERE key_id = $1 AND revision = $3 - 1`}
-	deleteKeyQuery = &query{`DELETE FROM cmk WHERE key_id = $1 AND revision = $2`}
-	keyExistsQuery = &query{`SELECT 1 FROM cmk WHERE key_id = $1`}
-	dueKeysQuery   = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE due_at <= $1 ORDER BY due_at, key_id LIMIT $2`}
+	deleteKeyQuery    = &query{`DELETE FROM cmk WHERE key_id = $1 AND revision = $2`}
+	keyExistsQuery    = &query{`SELECT 1 FROM cmk WHERE key_id = $1`}
+	dueKeysQuery      = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE due_at <= $1 ORDER BY due_at, key_id LIMIT $2`}
 )
+
+// updateQueries replace a row, from the cheapest to the one that always may.
+// SQLite rewrites an index whenever a statement sets a column of it, changed
+// or not, and each index of a large table is another page to write: so the
+// first two leave columns with an index alone, and apply only to rows where
+// those do not change. Parameters are those of keyValues.
+//
+//	0: a re-import, a new description: the row itself is all there is to write
+//	1: an import, expiry, deletion: the state changes, or when the row is due
+//	2: anything
+var updateQueries = [...]*query{
+	{updateText(``, `AND spec = $4 AND state = $5 AND due_at IS NOT DISTINCT FROM $19
+	AND key_version_id = $2 AND created_at IS NOT DISTINCT FROM $7`)},
+	{updateText(`, spec = $4, state = $5, due_at = $19`, `AND key_version_id = $2 AND created_at IS NOT DISTINCT FROM $7`)},
+	{updateText(`, spec = $4, state = $5, due_at = $19, key_version_id = $2, created_at = $7`, ``)},
+}
+
+func updateText(set, where string) string {
+	return `UPDATE cmk SET revision = $3, description = $6, delete_at = $8, kcv = $9, material_id = $10,
+	check_value_algorithm = $11, check_value = $12, material = $13, expire_at = $14, wrapping_algorithm = $15,
+	pair_id = $16, pair_fingerprint = $17, mac = $18` + set + `
+	WHERE key_id = $1 AND revision = $3 - 1 ` + where
+}
 
 // keyValues are the values of a row of table cmk: keyColumns and due_at.
 func keyValues(k *store.Key) []driver.Value {
@@ -108,9 +127,13 @@ func (s *Store) oneKey(ctx context.Context, q *query, id string) (key store.Key,
 // UpdateKey implements store.Store.
 func (s *Store) UpdateKey(ctx context.Context, key store.Key) error {
 	return s.write(ctx, func(c *conn) error {
-		changed, err := c.exec(updateKeyQuery, keyValues(&key)...)
-		if err != nil || changed == 1 {
-			return err
+		values := keyValues(&key)
+		for _, q := range updateQueries {
+			changed, err := c.exec(q, values...)
+			if err != nil || changed == 1 {
+				c.erased = c.erased || key.Material == nil
+				return err
+			}
 		}
 		return unchanged(c, key.KeyID)
 	})
@@ -121,6 +144,7 @@ func (s *Store) DeleteKey(ctx context.Context, keyID string, revision int64) err
 	return s.write(ctx, func(c *conn) error {
 		changed, err := c.exec(deleteKeyQuery, keyID, revision)
 		if err != nil || changed == 1 {
+			c.erased = true
 			return err
 		}
 		return unchanged(c, keyID)

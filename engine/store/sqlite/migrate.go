@@ -22,15 +22,12 @@ const applicationID = 0x4b465259
 
 // migrate brings the database to the schema of this program. Schemas move
 // forwards only, each migration in a transaction of its own. It refuses a
-// database that is not Keyferry's or that a newer Keyferry has migrated.
+// database that a newer Keyferry has migrated.
 func migrate(ctx context.Context, connector driver.Connector, path string, log *slog.Logger) (err error) {
 	db := sql.OpenDB(connector)
 	db.SetMaxOpenConns(1)
 	defer func() { err = errors.Join(err, db.Close()) }()
 
-	if err := recognise(ctx, db, path); err != nil {
-		return err
-	}
 	dir, err := fs.Sub(migrations, "migrations")
 	if err != nil {
 		return fmt.Errorf("sqlite: %w", err)
@@ -54,9 +51,13 @@ func migrate(ctx context.Context, connector driver.Connector, path string, log *
 }
 
 // recognise refuses a file that is no database, or another program's.
-func recognise(ctx context.Context, db *sql.DB, path string) error {
+func recognise(ctx context.Context, connector driver.Connector, path string) (err error) {
+	db := sql.OpenDB(connector)
+	db.SetMaxOpenConns(1)
+	defer func() { err = errors.Join(err, db.Close()) }()
+
 	var id, tables int
-	err := db.QueryRowContext(ctx, `PRAGMA application_id`).Scan(&id)
+	err = db.QueryRowContext(ctx, `PRAGMA application_id`).Scan(&id)
 	if err == nil {
 		err = db.QueryRowContext(ctx, `SELECT count(*) FROM sqlite_schema`).Scan(&tables)
 	}

@@ -53,6 +53,8 @@ type Config struct {
 	Logger *slog.Logger
 }
 
+func (c Config) busyTimeout() time.Duration { return cmp.Or(c.BusyTimeout, 5*time.Second) }
+
 // pageSize is SQLite's default.
 const pageSize = 4096
 
@@ -112,6 +114,15 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 		return nil, err
 	}
 
+	// Not the connection for writing, which would change the mode of a database
+	// that is not ours.
+	plain, err := sqlitedriver.NewConnector(dsn(path, cfg, "rw"))
+	if err != nil {
+		return nil, fmt.Errorf("sqlite: %w", err)
+	}
+	if err := recognise(ctx, plain, path); err != nil {
+		return nil, err
+	}
 	writing, err := sqlitedriver.NewConnector(dsn(path, cfg, "rw", "journal_mode(WAL)", "synchronous(FULL)",
 		"foreign_keys(ON)", "secure_delete(ON)", "max_page_count("+strconv.FormatInt(maxPages(cfg.MaxSize), 10)+")"))
 	if err != nil {
@@ -132,7 +143,7 @@ func (s *Store) connect(ctx context.Context, path string, cfg Config, writing dr
 	if err != nil {
 		return err
 	}
-	s.writer = newWriter(c)
+	s.writer = newWriter(c, cfg.busyTimeout())
 	if s.instance, err = writeAheadInstance(c); err != nil {
 		return err
 	}
@@ -165,12 +176,14 @@ func (s *Store) Close() error {
 // has in common and the pragmas given.
 func dsn(path string, cfg Config, mode string, pragmas ...string) string {
 	v := url.Values{"mode": {mode}, "_error_rc": {"1"}}
-	v.Add("_pragma", "busy_timeout("+strconv.FormatInt(cmp.Or(cfg.BusyTimeout, 5*time.Second).Milliseconds(), 10)+")")
+	v.Add("_pragma", "busy_timeout("+milliseconds(cfg.busyTimeout())+")")
 	for _, p := range pragmas {
 		v.Add("_pragma", p)
 	}
 	return (&url.URL{Scheme: "file", Path: path, RawQuery: v.Encode(), OmitHost: true}).String()
 }
+
+func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }
 
 // maxPages is a size in bytes in pages, and what SQLite takes at most for 0.
 func maxPages(size int64) int64 {
@@ -193,7 +206,7 @@ func resolve(path string) (string, error) {
 	}
 	dir, base := filepath.Split(path)
 	if dir, err = filepath.EvalSymlinks(dir); err != nil {
-		return "", fmt.Errorf("sqlite: the directory of database %s must exist: %w", path, err)
+		return "", fmt.Errorf("sqlite: cannot find the directory of database %s: %w", path, err)
 	}
 	return filepath.Join(dir, base), nil
 }

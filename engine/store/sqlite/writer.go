@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"sync"
+	"time"
 
 	"github.com/keyferry/keyferry/engine/store"
 )
@@ -23,7 +24,9 @@ var (
 // that arrive meanwhile gather, and the next transaction takes all of them, so
 // that one fsync pays for many.
 type writer struct {
-	conn *conn // used by the goroutine of run only
+	// Used by the goroutine of run only.
+	conn   *conn
+	eraser eraser
 
 	mu      sync.Mutex
 	waiting []*write
@@ -50,8 +53,8 @@ type write struct {
 	done chan struct{} // closed when the write is committed or has failed
 }
 
-func newWriter(c *conn) *writer {
-	w := &writer{conn: c, wake: make(chan struct{}, 1), done: make(chan struct{})}
+func newWriter(c *conn, busyTimeout time.Duration) *writer {
+	w := &writer{conn: c, eraser: newEraser(busyTimeout), wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go w.run()
 	return w
 }
@@ -111,9 +114,11 @@ func (w *writer) run() {
 				if closed {
 					return
 				}
+				w.eraser.look(w)
 				break
 			}
 			w.commit(batch)
+			w.eraser.look(w)
 		}
 	}
 }
