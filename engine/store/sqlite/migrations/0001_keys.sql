@@ -39,8 +39,8 @@ CREATE TABLE cmk (
     due_at                INTEGER
 ) STRICT;
 
-CREATE UNIQUE INDEX cmk_key_id ON cmk (key_id);
 CREATE UNIQUE INDEX cmk_key_version_id ON cmk (key_version_id);
+CREATE UNIQUE INDEX cmk_key_id ON cmk (key_id);
 CREATE INDEX cmk_created ON cmk (created_at, key_id);
 CREATE INDEX cmk_group ON cmk (state, spec, created_at, key_id);
 CREATE INDEX cmk_due ON cmk (due_at, key_id) WHERE due_at IS NOT NULL;
