@@ -22,7 +22,7 @@ work=$(mktemp -d)
 suite=
 cleanup() {
   rm -rf "$work"
-  if [ -n "$suite" ]; then docker rm -f "$suite" >/dev/null; fi
+  if [ -n "$suite" ]; then docker rm -f -v "$suite" >/dev/null; fi
 }
 trap cleanup EXIT
 
