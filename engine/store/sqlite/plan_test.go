@@ -69,7 +69,8 @@ func TestPlans(t *testing.T) {
 		"DeleteKey, token":  {`DELETE FROM import_token WHERE key_id = $1`, []string{`SEARCH import_token USING INDEX import_token_key_id (key_id=?)`}},
 		"Usage":             {usageQuery.text, []string{`SEARCH key_usage USING PRIMARY KEY (key_id=?)`}},
 		"DeleteNonces": {deleteNoncesQuery.text, []string{
-			`SEARCH nonce USING PRIMARY KEY (digest=?)`, `LIST SUBQUERY`, `SEARCH nonce USING COVERING INDEX nonce_expires (expires_at<?)`,
+			`SEARCH nonce_batch USING INTEGER PRIMARY KEY (rowid=?)`, `LIST SUBQUERY`,
+			`SEARCH nonce_batch USING COVERING INDEX nonce_batch_expires (expires_at<?)`,
 		}},
 		// In order, and only as far as the page reaches.
 		"ListKeys": {listQuery.text, []string{`SCAN cmk USING INDEX cmk_created`}},

@@ -143,10 +143,14 @@ func (s *Store) connect(ctx context.Context, path string, cfg Config, writing dr
 	if err != nil {
 		return err
 	}
-	s.writer = newWriter(c, cfg.busyTimeout())
 	if s.instance, err = writeAheadInstance(c); err != nil {
-		return err
+		return errors.Join(err, c.close())
 	}
+	remembered, err := loadNonces(c)
+	if err != nil {
+		return errors.Join(err, c.close())
+	}
+	s.writer = newWriter(c, remembered, cfg.busyTimeout())
 	reading, err := sqlitedriver.NewConnector(dsn(path, cfg, "ro", "query_only(ON)"))
 	if err != nil {
 		return err

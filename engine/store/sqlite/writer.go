@@ -26,6 +26,7 @@ var (
 type writer struct {
 	// Used by the goroutine of run only.
 	conn   *conn
+	nonces *nonces
 	eraser eraser
 
 	mu      sync.Mutex
@@ -53,8 +54,8 @@ type write struct {
 	done chan struct{} // closed when the write is committed or has failed
 }
 
-func newWriter(c *conn, busyTimeout time.Duration) *writer {
-	w := &writer{conn: c, eraser: newEraser(busyTimeout), wake: make(chan struct{}, 1), done: make(chan struct{})}
+func newWriter(c *conn, n *nonces, busyTimeout time.Duration) *writer {
+	w := &writer{conn: c, nonces: n, eraser: newEraser(busyTimeout), wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go w.run()
 	return w
 }
@@ -169,10 +170,15 @@ func (w *writer) transact(batch []*write) error {
 			return op.err
 		}
 	}
+	if err := w.nonces.write(w.conn); err != nil {
+		w.rollback()
+		return err
+	}
 	if _, err := w.conn.exec(commitQuery); err != nil {
 		w.rollback()
 		return fmt.Errorf("%w: %v", errCommit, err)
 	}
+	w.nonces.committed()
 	return nil
 }
 
@@ -192,4 +198,5 @@ func (op *write) run(c *conn) (failed bool) {
 // by itself, as it does after some errors.
 func (w *writer) rollback() {
 	_, _ = w.conn.exec(rollbackQuery)
+	w.nonces.rolledBack()
 }

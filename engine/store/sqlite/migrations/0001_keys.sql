@@ -111,11 +111,12 @@ CREATE TABLE key_usage (
     mac    BLOB
 ) STRICT, WITHOUT ROWID;
 
--- digest is the first 16 bytes of SHA-256 over the access key id and the
--- nonce: rows stay small however long a caller's nonces are.
-CREATE TABLE nonce (
-    digest     BLOB    NOT NULL PRIMARY KEY,
-    expires_at INTEGER NOT NULL
-) STRICT, WITHOUT ROWID;
+-- The nonces of one transaction: for each, 16 bytes of digest and its expiry as
+-- 8 bytes, big-endian. expires_at is that of the last to expire.
+CREATE TABLE nonce_batch (
+    seq        INTEGER NOT NULL PRIMARY KEY,
+    expires_at INTEGER NOT NULL,
+    nonces     BLOB    NOT NULL
+) STRICT;
 
-CREATE INDEX nonce_expires ON nonce (expires_at);
+CREATE INDEX nonce_batch_expires ON nonce_batch (expires_at);

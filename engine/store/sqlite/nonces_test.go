@@ -1,0 +1,94 @@
+package sqlite
+
+import (
+	"database/sql/driver"
+	"errors"
+	"path/filepath"
+	"strconv"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/keyferry/keyferry/engine/store"
+)
+
+var countBatchesQuery = &query{`SELECT count(*) FROM nonce_batch`}
+
+func batches(t *testing.T, s *Store) (n int64) {
+	t.Helper()
+	require.NoError(t, s.read(t.Context(), func(c *conn) error {
+		_, err := c.one(countBatchesQuery, func(row []driver.Value) { n = (&cursor{row}).integer() })
+		return err
+	}))
+	return n
+}
+
+// TestNoncesOfOneTransaction shares a row, and are forgotten together if the
+// transaction fails.
+func TestNoncesOfOneTransaction(t *testing.T) {
+	s := openTest(t)
+	d := func(i int) digest { return nonceDigest("key", strconv.Itoa(i)) }
+	fresh := make([]bool, 40)
+	for _, err := range gather(t, s, 40, func(i int, _ *conn) error {
+		fresh[i] = s.nonces.add(d(i%20), 900, 0)
+		return nil
+	}) {
+		require.NoError(t, err)
+	}
+	for i := range 20 {
+		require.NotEqual(t, fresh[i], fresh[i+20], "one of two is fresh, within a transaction as well")
+	}
+	require.EqualValues(t, 1, batches(t, s))
+
+	boom := errors.New("boom")
+	for range 2 { // the second time they are as new as the first
+		require.ErrorIs(t, s.write(t.Context(), func(*conn) error {
+			for i := 100; i < 120; i++ {
+				require.True(t, s.nonces.add(d(i), 900, 0))
+				require.False(t, s.nonces.add(d(i), 900, 0))
+			}
+			return boom
+		}), boom)
+	}
+	require.EqualValues(t, 1, batches(t, s))
+	fresh1, err := s.AddNonce(t.Context(), store.Nonce{AccessKeyID: "key", Value: "3", ExpiresAt: time.Unix(900, 0)}, time.Unix(0, 0))
+	require.NoError(t, err)
+	require.False(t, fresh1, "what was committed before stays")
+}
+
+// TestNoncesSwept leaves nothing behind, in memory or on the disk.
+func TestNoncesSwept(t *testing.T) {
+	s := openTest(t)
+	const n = 2*sweepStep + 10
+	for i := range n { // one by one: a row each
+		fresh, err := s.AddNonce(t.Context(), store.Nonce{Value: strconv.Itoa(i), ExpiresAt: time.Unix(int64(900+i), 0)}, time.Unix(0, 0))
+		require.NoError(t, err)
+		require.True(t, fresh)
+	}
+	require.EqualValues(t, n, batches(t, s))
+	require.NoError(t, s.DeleteNonces(t.Context(), time.Unix(899, 0)))
+	require.EqualValues(t, n, batches(t, s))
+	require.NoError(t, s.DeleteNonces(t.Context(), time.Unix(909, 0)))
+	require.EqualValues(t, n-10, batches(t, s))
+	require.NoError(t, s.DeleteNonces(t.Context(), time.Unix(900+n+generation, 0)))
+	require.Zero(t, batches(t, s))
+	require.NoError(t, s.write(t.Context(), func(*conn) error {
+		require.Empty(t, s.nonces.generations)
+		return nil
+	}))
+}
+
+func TestNoncesDamaged(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "keyferry.db")
+	s, err := Open(t.Context(), Config{Path: path})
+	require.NoError(t, err)
+	require.NoError(t, s.write(t.Context(), func(c *conn) error {
+		_, err := c.exec(insertNoncesQuery, int64(900), make([]byte, nonceLen+1))
+		return err
+	}))
+	require.NoError(t, s.Close())
+	_, err = Open(t.Context(), Config{Path: path})
+	require.ErrorContains(t, err, "nonce_batch is damaged")
+	require.ErrorContains(t, err, path)
+}
