@@ -20,20 +20,25 @@ type boundPort struct {
 func bind(address string) (*boundPort, error) {
 	want, err := net.ResolveTCPAddr("tcp", address)
 	if err != nil {
-		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
+		return nil, cannotListen(address, err)
 	}
 	p, err := bindTCP(want)
 	if want.IP == nil && err != nil && !errors.Is(err, syscall.EADDRINUSE) {
 		want.IP = net.IPv4zero // a machine without IPv6
 		p, err = bindTCP(want)
 	}
-	if errors.Is(err, syscall.EADDRINUSE) {
-		return nil, fmt.Errorf("cannot listen on %s: the port is in use: stop the program that uses it or choose another port", address)
+	return p, cannotListen(address, err)
+}
+
+// cannotListen says what to do about an error; nil stays nil.
+func cannotListen(address string, err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Errorf("cannot listen on %s: the port is in use: stop the program that uses it or choose another port", address)
 	}
-	if err != nil {
-		return nil, fmt.Errorf("cannot listen on %s: %w", address, err)
-	}
-	return p, nil
+	return fmt.Errorf("cannot listen on %s: %w", address, err)
 }
 
 func bindTCP(want *net.TCPAddr) (_ *boundPort, err error) {
@@ -53,9 +58,13 @@ func bindTCP(want *net.TCPAddr) (_ *boundPort, err error) {
 			p.close()
 		}
 	}()
-	// As net.Listen does: a port that was just left can be taken again.
-	if err := syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1); err != nil {
-		return nil, os.NewSyscallError("setsockopt", err)
+	// As net.Listen does, so that a port that was just left can be taken again.
+	// Until it listens, it could then be taken by another program, too; a port
+	// that the system picks needs none of that.
+	if want.Port != 0 {
+		if err := syscall.SetsockoptInt(fd, syscall.SOL_SOCKET, syscall.SO_REUSEADDR, 1); err != nil {
+			return nil, os.NewSyscallError("setsockopt", err)
+		}
 	}
 	if family == syscall.AF_INET6 && want.IP == nil {
 		if err := syscall.SetsockoptInt(fd, syscall.IPPROTO_IPV6, syscall.IPV6_V6ONLY, 0); err != nil {
@@ -98,7 +107,7 @@ func (p *boundPort) listen() (net.Listener, error) {
 	}
 	const backlog = 4096 // the system cuts it to what it allows
 	if err := syscall.Listen(p.fd, backlog); err != nil {
-		return nil, fmt.Errorf("cannot listen on %s: %w", p.addr, os.NewSyscallError("listen", err))
+		return nil, cannotListen(p.addr.String(), os.NewSyscallError("listen", err))
 	}
 	f := os.NewFile(uintptr(p.fd), "tcp:"+p.addr.String())
 	p.fd = -1

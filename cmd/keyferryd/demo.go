@@ -1,17 +1,12 @@
 package main
 
 import (
-	"bufio"
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"syscall"
-	"time"
 
 	"github.com/spf13/cobra"
 )
@@ -39,9 +34,13 @@ func demo(ctx context.Context, out io.Writer) (err error) {
 
 	w := &walk{out: out}
 	w.title("Start a server: keyferryd dev, on a SoftHSM2 token made for it")
-	server, err := startDev(ctx, filepath.Join(dir, "data"))
+	exe, err := os.Executable()
 	if err != nil {
 		return err
+	}
+	server, err := startServer(ctx, exe, "dev", "--data", filepath.Join(dir, "data"))
+	if err != nil {
+		return fmt.Errorf("the server did not start: %w", err)
 	}
 	defer func() { err = errors.Join(err, server.stop()) }()
 	w.say("%s", server.ready)
@@ -67,49 +66,3 @@ gone. To keep one running, and to use it from another terminal:
 Alibaba Cloud's SDKs, command line and Terraform reach it at that address, with
 the access key in credentials.json.
 `
-
-// devProcess is a running "keyferryd dev".
-type devProcess struct {
-	cmd   *exec.Cmd
-	ready string // its line on standard output
-	log   *bytes.Buffer
-}
-
-// startDev starts this very program again and waits until it is ready.
-func startDev(ctx context.Context, data string) (*devProcess, error) {
-	exe, err := os.Executable()
-	if err != nil {
-		return nil, err
-	}
-	p := &devProcess{log: &bytes.Buffer{}}
-	p.cmd = exec.CommandContext(ctx, exe, "dev", "--data", data) //nolint:gosec // this program
-	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
-	p.cmd.WaitDelay = shutdownTimeout + 10*time.Second
-	p.cmd.Stderr = p.log
-	stdout, err := p.cmd.StdoutPipe()
-	if err != nil {
-		return nil, err
-	}
-	if err := p.cmd.Start(); err != nil {
-		return nil, err
-	}
-	line, err := bufio.NewReader(stdout).ReadString('\n')
-	if err != nil { // it ended instead, and said why
-		_ = p.cmd.Wait()
-		lines := bytes.Split(bytes.TrimSpace(p.log.Bytes()), []byte("\n"))
-		return nil, fmt.Errorf("the server did not start: %s", bytes.TrimPrefix(lines[len(lines)-1], []byte("keyferryd: ")))
-	}
-	p.ready = line[:len(line)-1]
-	return p, nil
-}
-
-// stop ends the server in good order.
-func (p *devProcess) stop() error {
-	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		return err
-	}
-	if err := p.cmd.Wait(); err != nil {
-		return fmt.Errorf("the server did not end well: %w", err)
-	}
-	return nil
-}

@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -76,7 +77,8 @@ func (d *devDir) has(name string) bool {
 // names if this is the first start, or the first one that gets to the end.
 func (d *devDir) setUp(ctx context.Context, module string) (config, error) {
 	if d.has(devConfigFile) {
-		return d.comeBack(ctx, module)
+		cfg, err := d.comeBack(ctx, module)
+		return cfg, errors.Join(err, d.finished())
 	}
 	if !d.has(devUnfinished) {
 		// What is there was not made here; it might be somebody's only token.
@@ -93,7 +95,15 @@ func (d *devDir) setUp(ctx context.Context, module string) (config, error) {
 	if err != nil {
 		return config{}, err
 	}
-	return cfg, os.Remove(d.file(devUnfinished))
+	return cfg, d.finished()
+}
+
+// finished removes the mark of a set-up that is whole now.
+func (d *devDir) finished() error {
+	if err := os.Remove(d.file(devUnfinished)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	return nil
 }
 
 // make sets everything up from the start. Whatever an earlier attempt left is
@@ -116,6 +126,8 @@ func (d *devDir) make(ctx context.Context, module string) (config, error) {
 			Label: devLabel, UserPINFile: d.file(devUserPIN), AllowPKCS1v15: true,
 		},
 		Store: storeConfig{SQLite: d.file(devDatabase)},
+		// Pairs take a core a while, and few are asked for here.
+		Pairs: pairsConfig{Ready: 2},
 	}
 	if err := d.useModule(&cfg, module); err != nil {
 		return config{}, err

@@ -1,0 +1,194 @@
+package main
+
+import (
+	"context"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/keyferry/keyferry/engine/byok"
+)
+
+// ledger is what one customer was told: every entry of it must hold after the
+// server was killed, however often.
+type ledger struct {
+	*customer
+	acknowledged int64             // the expiry of the last import that was answered, 0 before the first
+	attempted    int64             // of the last one that was sent
+	ciphertexts  map[string]string // of plaintexts, in Base64
+	unchecked    map[string]string // those since the last start
+}
+
+// work imports and encrypts until the server is gone. It only fails the test
+// for answers that no crash explains.
+func (l *ledger) work(ctx context.Context, wrapped string, answered func()) error {
+	for expire := l.attempted + 1; ; expire++ {
+		params := l.params(wrapped)
+		params["KeyMaterialExpireUnix"] = strconv.FormatInt(expire, 10)
+		l.attempted = expire
+		if err := l.call(ctx, "ImportKeyMaterial", params, nil); err != nil {
+			return explained(err)
+		}
+		l.acknowledged = expire
+		answered()
+		plaintext := base64.StdEncoding.EncodeToString([]byte(l.keyID + strconv.FormatInt(expire, 10)))
+		var answer struct{ CiphertextBlob string }
+		if err := l.call(ctx, "Encrypt", map[string]string{"KeyId": l.keyID, "Plaintext": plaintext}, &answer); err != nil {
+			return explained(err)
+		}
+		l.ciphertexts[plaintext], l.unchecked[plaintext] = answer.CiphertextBlob, answer.CiphertextBlob
+		answered()
+	}
+}
+
+// explained is nil for an error of the connection, which the kill explains.
+func explained(err error) error {
+	var refused *apiError
+	if errors.As(err, &refused) {
+		return err
+	}
+	return nil
+}
+
+// check compares the server with the ledger, and has it open ciphertexts.
+func (l *ledger) check(t *testing.T, ciphertexts map[string]string) {
+	t.Helper()
+	var answer struct {
+		KeyMetadata struct {
+			keyState
+			MaterialExpireTime string
+		}
+	}
+	require.NoError(t, l.call(t.Context(), "DescribeKey", map[string]string{"KeyId": l.keyID}, &answer))
+	if l.acknowledged == 0 && answer.KeyMetadata.KeyState == "PendingImport" {
+		return // the first import was never answered, and was not made
+	}
+	require.Equal(t, "Enabled", answer.KeyMetadata.KeyState)
+	id, err := byok.MaterialID(l.keyID, l.material)
+	require.NoError(t, err)
+	require.Equal(t, hex.EncodeToString(id[:]), answer.KeyMetadata.KeyMaterialID)
+	expires, err := time.Parse(time.RFC3339, answer.KeyMetadata.MaterialExpireTime)
+	require.NoError(t, err)
+	require.Contains(t, []int64{l.acknowledged, l.attempted}, expires.Unix())
+	l.acknowledged = expires.Unix()
+	for plaintext, blob := range ciphertexts {
+		var opened struct{ Plaintext string }
+		require.NoError(t, l.call(t.Context(), "Decrypt", map[string]string{"CiphertextBlob": blob}, &opened))
+		require.Equal(t, plaintext, opened.Plaintext)
+	}
+}
+
+// Twenty times the server is killed while customers import and encrypt, each
+// time after another number of answers. What was answered is there afterwards.
+func TestKillsDuringImports(t *testing.T) {
+	t.Parallel()
+	const kills, customers = 20, 4
+	dir := t.TempDir()
+	s := startDevServer(t, dir)
+	far := time.Now().Add(1000 * time.Hour).Unix()
+	var all []*ledger
+	for kill := range kills {
+		c := s.client(t)
+		if kill%5 == 0 { // new customers, whose first imports are to be interrupted too
+			for range customers {
+				all = append(all, &ledger{
+					customer: newCustomer(t, c), attempted: far,
+					ciphertexts: map[string]string{}, unchecked: map[string]string{},
+				})
+			}
+		}
+		working := all[len(all)-customers:]
+		var answers atomic.Int32
+		enough := make(chan struct{})
+		answered := func() {
+			if answers.Add(1) == int32(1+3*kill) {
+				close(enough)
+			}
+		}
+		var wg sync.WaitGroup
+		errs := make([]error, customers)
+		for i, l := range working {
+			l.client = c
+			blob := wrapped(t, byok.OAEPSHA1, l.publicKey, l.material)
+			wg.Go(func() { errs[i] = l.work(t.Context(), blob, answered) })
+		}
+		<-enough
+		s.kill(t)
+		wg.Wait()
+		require.NoError(t, errors.Join(errs...))
+
+		s = startDevServer(t, dir)
+		for _, l := range working {
+			l.client = s.client(t)
+			l.check(t, l.unchecked)
+			clear(l.unchecked)
+		}
+	}
+	for _, l := range all {
+		l.client = s.client(t)
+		l.check(t, l.ciphertexts)
+	}
+	require.NoError(t, s.stop())
+}
+
+// The first set-up is killed as soon as a file of it appears; the next start
+// finishes it.
+func TestKillsDuringFirstSetUp(t *testing.T) {
+	for _, file := range []string{
+		devUnfinished, devSOPIN, devSecret, "softhsm2.conf", "tokens/*", "tokens/*/token.object", "tokens/*/*.object",
+		devConfigFile, devDatabase, "credentials.json",
+	} {
+		t.Run(file, func(t *testing.T) {
+			t.Parallel()
+			dir := t.TempDir()
+			killWhenThere(t, dir, file)
+			s := startDevServer(t, dir)
+			c := newCustomer(t, s.client(t))
+			require.NoError(t, c.call(t.Context(), "ImportKeyMaterial", c.params(wrapped(t, byok.OAEPSHA1, c.publicKey, c.material)), nil))
+			require.Equal(t, "Enabled", c.state(t).KeyState)
+			require.NoFileExists(t, filepath.Join(dir, devUnfinished))
+			require.NoError(t, s.stop())
+		})
+	}
+}
+
+// killWhenThere starts a server and kills it when a file is there.
+func killWhenThere(t *testing.T, dir, pattern string) {
+	t.Helper()
+	cmd := keyferryd(t, "dev", "--data", dir)
+	require.NoError(t, cmd.Start())
+	defer func() { require.Error(t, cmd.Wait()) }()
+	require.Eventually(t, func() bool {
+		found, err := filepath.Glob(filepath.Join(dir, pattern))
+		return err == nil && len(found) > 0
+	}, 30*time.Second, time.Millisecond)
+	require.NoError(t, cmd.Process.Kill())
+}
+
+// A first set-up that was interrupted anywhere is begun anew, and what is not
+// its own is never touched.
+func TestSetUpNeverRemovesWhatItDidNotMake(t *testing.T) {
+	for _, name := range []string{"tokens/real/token.object", devDatabase, devSOPIN, devUserPIN, devSecret} {
+		t.Run(name, func(t *testing.T) {
+			dir := t.TempDir()
+			path := filepath.Join(dir, name)
+			require.NoError(t, os.MkdirAll(filepath.Dir(path), 0o700))
+			require.NoError(t, os.WriteFile(path, []byte("precious"), 0o600))
+			status, stderr := run(t, "dev", "--data", dir)
+			require.Equal(t, 1, status)
+			require.Contains(t, stderr, "choose an empty directory")
+			kept, err := os.ReadFile(path)
+			require.NoError(t, err)
+			require.Equal(t, "precious", string(kept))
+		})
+	}
+}
