@@ -59,6 +59,8 @@ func serve(ctx context.Context, cfg *config, out io.Writer, log *slog.Logger, an
 	scheme := "http"
 	if tlsConfig != nil {
 		scheme, listener = "https", tls.NewListener(listener, tlsConfig)
+	} else if host, _, _ := net.SplitHostPort(cfg.Listen); !isLoopback(host) {
+		log.WarnContext(ctx, "serving without TLS beyond loopback: plaintexts can be read on the way", slog.String("listen", cfg.Listen))
 	}
 	if _, err := fmt.Fprintf(out, "keyferryd listening on %s://%s\n", scheme, endpoint); err != nil {
 		return errors.Join(err, listener.Close())

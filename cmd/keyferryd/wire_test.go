@@ -252,6 +252,33 @@ func TestOpenSSLWrapsMaterial(t *testing.T) {
 	}
 }
 
+// The largest honest request fits, with every character of it escaped; one
+// without bounds does not.
+func TestSizesOfRequests(t *testing.T) {
+	t.Parallel()
+	s := startDevServer(t, t.TempDir())
+	c := newCustomer(t, s.client(t))
+	require.NoError(t, c.call(t.Context(), "ImportKeyMaterial", c.params(wrapped(t, byok.OAEPSHA1, c.publicKey, c.material)), nil))
+	plaintext := bytes.Repeat([]byte{0xfb, 0xff}, 3<<10) // all plus signs and slashes in Base64
+	params := map[string]string{
+		"KeyId": c.keyID, "Plaintext": base64.StdEncoding.EncodeToString(plaintext),
+		"EncryptionContext": jsonOf(map[string]string{"k": strings.Repeat("界", (8192-1)/3)}),
+	}
+	require.NoError(t, c.call(t.Context(), "Encrypt", params, nil))
+	params["Plaintext"] = base64.StdEncoding.EncodeToString(append(plaintext, 0))
+	var refused *apiError
+	require.ErrorAs(t, c.call(t.Context(), "Encrypt", params, nil), &refused)
+	require.Equal(t, "InvalidParameter", refused.Code)
+	require.Contains(t, refused.Message, "Plaintext")
+
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+s.endpoint+"/?X="+strings.Repeat("x", 2*maxHeaderBytes), http.NoBody)
+	require.NoError(t, err)
+	res, err := http.DefaultTransport.RoundTrip(req)
+	require.NoError(t, err)
+	require.NoError(t, res.Body.Close())
+	require.Equal(t, http.StatusRequestHeaderFieldsTooLarge, res.StatusCode)
+}
+
 // SM4 material is imported and identified; a token without SM4 says so when it
 // is to be used.
 func TestSM4Material(t *testing.T) {
