@@ -29,9 +29,13 @@ type InitConfig struct {
 	// that everything can one day be sealed anew under another vault. The
 	// price: a thief of both PINs can take the same way.
 	Reseal bool
+	// Profile and Profiles are as in Config. A token that proves SM4 gets an
+	// SM4 vault.
+	Profile  string
+	Profiles []Profile
 }
 
-// Init makes the keys of a token that are missing (the vault, the MAC key, the
+// Init makes the keys of a token that are missing (the vaults, the MAC key, the
 // receipt key), touches nothing that is there, and returns what to pin. It
 // checks everything it can before it makes anything, and can be run again
 // after a crash at any point.
@@ -98,13 +102,24 @@ func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 		return Pins{}, err
 	}
 	defer func() { _ = s.Logout() }()
-	pins, err := present(s, cfg.Pins)
+	proven, err := findProfile(mod, tok.Slot, s, cfg.Profile, cfg.Profiles)
 	if err != nil {
 		return Pins{}, err
 	}
-	pins.Serial = tok.Serial
+	kinds := proven.vaultKinds()
+	pins, err := present(s, proven, cfg.Pins)
+	if err != nil {
+		return Pins{}, err
+	}
+	var missingVaults []vaultKind
 	if pins.VaultAES == (Fingerprint{}) {
-		if err := makeVault(s, cfg); err != nil {
+		missingVaults = append(missingVaults, kinds[AES256])
+	}
+	if kind, ok := kinds[SM4]; ok && pins.VaultSM4 == (Fingerprint{}) {
+		missingVaults = append(missingVaults, kind)
+	}
+	if len(missingVaults) > 0 {
+		if err := makeVaults(s, cfg, missingVaults); err != nil {
 			return Pins{}, err
 		}
 	}
@@ -124,9 +139,11 @@ func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 		}
 	}
 	// Read everything back: what is pinned is what the token holds now.
-	made, err := present(s, cfg.Pins)
+	made, err := present(s, proven, cfg.Pins)
 	made.Serial = tok.Serial
-	if err == nil && (made.VaultAES == Fingerprint{} || made.MACKey == Fingerprint{} || made.ReceiptKey == Fingerprint{}) {
+	_, sm4 := kinds[SM4]
+	if err == nil && (made.VaultAES == Fingerprint{} || made.MACKey == Fingerprint{} || made.ReceiptKey == Fingerprint{} ||
+		sm4 && made.VaultSM4 == Fingerprint{}) {
 		err = fmt.Errorf("%w: a key that was just made does not read back as it was asked for", ErrUntrusted)
 	}
 	return made, err
@@ -134,27 +151,41 @@ func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 
 // present returns the fingerprints of our keys that are on the token, zero for
 // those that are not, and insists on those that are pinned.
-func present(s *p11.Session, pinned Pins) (Pins, error) {
-	var out Pins
-	for _, kind := range []struct {
-		name string
-		find func(*p11.Session) ([]foundKey, error)
-		want Fingerprint
-		out  *Fingerprint
-	}{
-		{"vault", findVaults, pinned.VaultAES, &out.VaultAES},
-		{"MAC", findMACKeys, pinned.MACKey, &out.MACKey},
-		{"receipt", findReceiptKeys, pinned.ReceiptKey, &out.ReceiptKey},
-	} {
-		keys, err := kind.find(s)
-		if err != nil {
-			return Pins{}, err
+func present(s *p11.Session, proven sm, pinned Pins) (out Pins, err error) {
+	vaults, err := findVaults(s, proven)
+	if err != nil {
+		return out, err
+	}
+	macs, err := findMACKeys(s)
+	if err != nil {
+		return out, err
+	}
+	receipts, err := findReceiptKeys(s)
+	if err != nil {
+		return out, err
+	}
+	fingerprints := func(vaults []*vault) (list []Fingerprint) {
+		for _, v := range vaults {
+			list = append(list, v.fingerprint)
 		}
-		for _, k := range keys {
+		return list
+	}
+	for _, kind := range []struct {
+		name  string
+		found []Fingerprint
+		want  Fingerprint
+		out   *Fingerprint
+	}{
+		{"AES-256 vault", fingerprints(vaults[AES256]), pinned.VaultAES, &out.VaultAES},
+		{"SM4 vault", fingerprints(vaults[SM4]), pinned.VaultSM4, &out.VaultSM4},
+		{"MAC", macs, pinned.MACKey, &out.MACKey},
+		{"receipt", receipts, pinned.ReceiptKey, &out.ReceiptKey},
+	} {
+		for _, f := range kind.found {
 			// Copies of one key have its fingerprint.
-			if *kind.out == (Fingerprint{}) || k.fingerprint == kind.want {
-				*kind.out = k.fingerprint
-			} else if k.fingerprint != *kind.out && kind.want == (Fingerprint{}) {
+			if *kind.out == (Fingerprint{}) || f == kind.want {
+				*kind.out = f
+			} else if f != *kind.out && kind.want == (Fingerprint{}) {
 				return Pins{}, fmt.Errorf("%w: the token has two different %s keys and the configuration pins neither", ErrUntrusted, kind.name)
 			}
 		}
@@ -166,11 +197,11 @@ func present(s *p11.Session, pinned Pins) (Pins, error) {
 	return out, nil
 }
 
-// makeVault runs the part of the ceremony that needs both users, within one
-// session, whose object the key is until it is copied to the token.
-func makeVault(s *p11.Session, cfg InitConfig) error {
+// makeVaults runs the part of the ceremony that needs both users, within one
+// session, whose objects the keys are until they are copied to the token.
+func makeVaults(s *p11.Session, cfg InitConfig, kinds []vaultKind) error {
 	if cfg.SOPIN == nil {
-		return fmt.Errorf("%w: the vault key is missing, and making it needs the SO PIN", ErrPIN)
+		return fmt.Errorf("%w: a vault key is missing, and making it needs the SO PIN", ErrPIN)
 	}
 	if err := s.Logout(); err != nil {
 		return err
@@ -178,9 +209,13 @@ func makeVault(s *p11.Session, cfg InitConfig) error {
 	if err := login(s, p11.SO, longEnough("SO PIN", cfg.SOPIN)); err != nil {
 		return err
 	}
-	born, err := s.GenerateKey(p11.AESKeyGen, p11.NewTemplate(vaultBirth(cfg.Reseal)...))
-	if err != nil {
-		return fmt.Errorf("%w: the security officer cannot generate a trusted key (%w)", ErrUnsupported, err)
+	var born []p11.Handle
+	for _, kind := range kinds {
+		h, err := s.GenerateKey(p11.AESKeyGen, p11.NewTemplate(kind.birth(cfg.Reseal)...))
+		if err != nil {
+			return fmt.Errorf("%w: the security officer cannot generate a trusted key (%w)", ErrUnsupported, err)
+		}
+		born = append(born, h)
 	}
 	if err := s.Logout(); err != nil {
 		return err
@@ -188,10 +223,15 @@ func makeVault(s *p11.Session, cfg InitConfig) error {
 	if err := login(s, p11.NormalUser, cfg.UserPIN); err != nil {
 		return err
 	}
-	if _, err := s.CopyObject(born, p11.NewTemplate(vaultPlacement()...)); err != nil {
-		return fmt.Errorf("%w: cannot copy the vault key to the token (%w)", ErrUnsupported, err)
+	for _, h := range born {
+		if _, err := s.CopyObject(h, p11.NewTemplate(vaultPlacement()...)); err != nil {
+			return fmt.Errorf("%w: cannot copy a vault key to the token (%w)", ErrUnsupported, err)
+		}
+		if err := s.DestroyObject(h); err != nil {
+			return err
+		}
 	}
-	return s.DestroyObject(born)
+	return nil
 }
 
 // initialising makes InitToken of one process take turns: two would take the

@@ -23,16 +23,15 @@ type connection struct {
 	slot uint
 	caps *capabilities
 
-	vault   p11.Handle
-	reseal  bool // what the vault's CKA_UNWRAP_TEMPLATE says of EXTRACTABLE
-	mac     p11.Handle
-	canary  []byte // a blob that the vault opens
-	tmpl    templates
-	pairs   sync.Map          // PairID → *pair
-	places  chan *p11.Session // the pool: a session, or nil for one not opened yet
-	keepers chan *p11.Session
-	kept    int           // keepers that were opened
-	gone    chan struct{} // closed when the connection is lost or closed
+	sm       sm
+	vaults   map[MaterialSpec]*vault // never changed once made
+	mac      p11.Handle
+	measured *p11.Template
+	pairs    sync.Map          // PairID → *pair
+	places   chan *p11.Session // the pool: a session, or nil for one not opened yet
+	keepers  chan *p11.Session
+	kept     int           // keepers that were opened
+	gone     chan struct{} // closed when the connection is lost or closed
 
 	mu   sync.Mutex // guards size, and the closing of gone
 	size int        // of the pool
@@ -75,18 +74,16 @@ func (c *connection) dead() bool {
 	}
 }
 
-// templates are those of the hot paths, packed once.
-type templates struct {
-	measured, opened *p11.Template
-}
-
 // connect opens the token as configured. It is called by one goroutine at a time.
 func (t *Token) connect() (_ *connection, err error) {
 	tok, err := findToken(t.mod, t.cfg.Label, t.cfg.Pins.Serial)
 	if err != nil {
 		return nil, err
 	}
-	c := &connection{t: t, slot: tok.Slot, keepers: make(chan *p11.Session, keepers), gone: make(chan struct{})}
+	c := &connection{
+		t: t, slot: tok.Slot, keepers: make(chan *p11.Session, keepers), gone: make(chan struct{}),
+		measured: p11.NewTemplate(measured()...),
+	}
 	c.size = t.cfg.Sessions
 	if n := int(tok.MaxSessions); n > 0 {
 		c.size = max(1, min(c.size, n-keepers))
@@ -115,12 +112,13 @@ func (t *Token) connect() (_ *connection, err error) {
 	}
 	s := <-c.keepers
 	defer func() { c.keepers <- s }()
+	if known := t.caps.Load(); known != nil {
+		c.sm = known.sm
+	} else if c.sm, err = findProfile(t.mod, c.slot, s, t.cfg.Profile, t.cfg.Profiles); err != nil {
+		return nil, fault("find the token's profile", err)
+	}
 	if err := c.findKeys(s); err != nil {
 		return nil, fault("find the token's keys", err)
-	}
-	c.tmpl = templates{
-		measured: p11.NewTemplate(measured()...),
-		opened:   p11.NewTemplate(opened(c.reseal)...),
 	}
 	// A token that comes back is the same: its serial and keys are pinned.
 	if c.caps = t.caps.Load(); c.caps == nil {

@@ -13,7 +13,7 @@ import (
 func MeasuredForTest() []*pkcs11.Attribute { return foreign(measured()) }
 
 // OpenedForTest is the template of opened blobs, likewise.
-func OpenedForTest() []*pkcs11.Attribute { return foreign(opened(false)) }
+func OpenedForTest() []*pkcs11.Attribute { return foreign(opened(aesNumbers, false)) }
 
 // HandleForTest is the handle of open material.
 func HandleForTest(k *Key) pkcs11.ObjectHandle { return pkcs11.ObjectHandle(k.handle) }
@@ -30,7 +30,7 @@ func foreign(attrs []p11.Attr) []*pkcs11.Attribute {
 // miekg/pkcs11 cannot pass: the one copy that the token lets a user make.
 func CopyVaultForTest(ctx context.Context, t *Token) error {
 	return t.do(ctx, "copy the vault", func(c *connection, s *p11.Session) error {
-		_, err := s.CopyObject(c.vault, p11.NewTemplate())
+		_, err := s.CopyObject(c.vaults[AES256].handle, p11.NewTemplate())
 		return err
 	})
 }

@@ -78,6 +78,10 @@ type Config struct {
 	// thief of the PIN: whoever has it reads captured blobs while their
 	// wrapping pair lives.
 	AllowPKCS1v15 bool
+	// Profile names how the token speaks SM2 and SM4; "" finds it out by known
+	// answers. Profiles are those of the operator, beside BuiltinProfiles.
+	Profile  string
+	Profiles []Profile
 	// Patience bounds how long a call waits for a token that is gone when its
 	// context does not; 0 means 10 seconds.
 	Patience time.Duration
@@ -101,6 +105,9 @@ func (c Config) validate() error {
 	}
 	if c.Pins.VaultAES == (Fingerprint{}) || c.Pins.MACKey == (Fingerprint{}) {
 		errs = append(errs, errors.New("hsm: Config.Pins has no fingerprint of the vault or the MAC key; run Init"))
+	}
+	for _, p := range c.Profiles {
+		errs = append(errs, p.Validate())
 	}
 	if c.Sessions < 0 {
 		errs = append(errs, errors.New("hsm: Config.Sessions is negative"))
@@ -202,7 +209,11 @@ func (t *Token) Usable(spec MaterialSpec) error {
 	case AES256:
 		return nil
 	case SM4:
-		return fmt.Errorf("%w: no SM4 mechanism", ErrUnsupported)
+		proven := t.caps.Load().sm
+		if proven.sm4 == nil && t.cfg.Pins.VaultSM4 == (Fingerprint{}) {
+			return fmt.Errorf("%w: the token has SM4 and no SM4 vault is pinned; run init to make it", ErrUnsupported)
+		}
+		return proven.sm4
 	}
 	return fmt.Errorf("%w: material spec %q", ErrUnsupported, spec)
 }

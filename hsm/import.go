@@ -1,6 +1,7 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
 	"crypto/aes"
 	"crypto/rand"
@@ -91,10 +92,11 @@ const blobRoom = 64
 var errLength = errors.New("hsm: material has another length")
 
 func (c *connection) unwrapMeasureSeal(s *p11.Session, p *pair, req ImportRequest) (_ Imported, err error) {
-	if len(req.Wrapped) != p.public.Size() {
-		return Imported{}, errLength
+	params, wrapped, err := p.unwrapParams(req.Wrapped)
+	if err != nil {
+		return Imported{}, err
 	}
-	key, err := s.Unwrap(unwrapParams(req.Algorithm), p.handle, req.Wrapped, c.tmpl.measured)
+	key, err := s.Unwrap(params, p.handle, wrapped, c.measured)
 	if err != nil {
 		return Imported{}, err
 	}
@@ -105,18 +107,23 @@ func (c *connection) unwrapMeasureSeal(s *p11.Session, p *pair, req ImportReques
 		}
 	}()
 	if c.caps.readsBack {
-		if err := readBack(s, key, c.tmpl.measured.Attrs()); err != nil {
+		if err := readBack(s, key, c.measured.Attrs()); err != nil {
 			return Imported{}, err
 		}
 	}
 	var out Imported
-	if out.Identity.KCV, err = measureKCV(s, key); err != nil {
+	if out.Identity.KCV, err = measureKCV(s, p11.AESECB, key); err != nil {
 		return Imported{}, err
 	}
 	if out.Identity.MaterialID, err = measureID(s, key, req.Context); err != nil {
 		return Imported{}, err
 	}
-	blob, err := s.Wrap(p11.Plain(p11.AESKeyWrap), c.vault, key, make([]byte, blobRoom))
+	// SM4 material waits in the AES vault while the token has no SM4.
+	v := c.vaults[req.Spec]
+	if v == nil {
+		v = c.vaults[AES256]
+	}
+	blob, err := s.Wrap(p11.Plain(p11.AESKeyWrap), v.handle, key, make([]byte, blobRoom))
 	if err != nil {
 		return Imported{}, c.blame(err)
 	}
@@ -125,22 +132,38 @@ func (c *connection) unwrapMeasureSeal(s *p11.Session, p *pair, req ImportReques
 	if len(blob) != req.Spec.Len()+8 {
 		return Imported{}, errLength
 	}
-	out.Material = Material{Custody: Sealed, Spec: req.Spec, Vault: c.t.cfg.Pins.VaultAES, Ref: blob}
+	out.Material = Material{Custody: Sealed, Spec: req.Spec, Vault: v.fingerprint, Ref: blob}
 	out.CheckValue = CheckValue{Algorithm: CheckValueAES, Value: out.Identity.KCV}
-	return out, nil
+	if req.Spec == SM4 && v == c.vaults[SM4] {
+		out.CheckValue.Algorithm = CheckValueSM4
+		out.CheckValue.Value, err = v.checkValue(s, blob)
+	}
+	return out, err
 }
 
-// measureKCV encrypts a zero block by AES-ECB in the token. The block is the
-// hash key of AES-GCM: three bytes leave this function, the rest is wiped.
-func measureKCV(s *p11.Session, key p11.Handle) (kcv [KCVLen]byte, err error) {
+// checkValue opens a blob for the check value by its own cipher.
+func (v *vault) checkValue(s *p11.Session, blob []byte) (kcv [KCVLen]byte, err error) {
+	key, err := s.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, blob, v.opened)
+	if err == nil {
+		kcv, err = measureKCV(s, v.kind.cipher.ecb, key)
+		if gone := s.DestroyObject(key); gone != nil {
+			err = fmt.Errorf("%w: %w", p11.SessionClosed, gone)
+		}
+	}
+	return kcv, err
+}
+
+// measureKCV encrypts a zero block in the token. The block is the hash key of
+// GCM: three bytes leave this function, the rest is wiped.
+func measureKCV(s *p11.Session, ecb p11.Mechanism, key p11.Handle) (kcv [KCVLen]byte, err error) {
 	var zero, block [aes.BlockSize]byte
 	defer clear(block[:])
-	out, err := s.Encrypt(p11.Plain(p11.AESECB), key, zero[:], block[:])
+	out, err := s.Encrypt(p11.Plain(ecb), key, zero[:], block[:])
 	if err != nil {
 		return kcv, err
 	}
 	if len(out) != aes.BlockSize {
-		return kcv, fmt.Errorf("hsm: the token's AES block has %d bytes", len(out))
+		return kcv, fmt.Errorf("hsm: the token's block has %d bytes", len(out))
 	}
 	copy(kcv[:], out)
 	return kcv, nil
@@ -174,32 +197,41 @@ func measureID(s *p11.Session, key p11.Handle, context []byte) (id [MaterialIDLe
 
 // knownAnswer unwraps and measures a known key under the pair.
 func (c *connection) knownAnswer(s *p11.Session, p *pair) error {
-	wrapped, err := encrypt(p.Algorithm, p.public, publicConstant)
+	wrapped, err := p.encrypt(publicConstant)
 	if err != nil {
 		return err
 	}
-	key, err := s.Unwrap(unwrapParams(p.Algorithm), p.handle, wrapped, c.tmpl.measured)
+	params, wrapped, err := p.unwrapParams(wrapped)
 	if err != nil {
 		return err
 	}
-	kcv, err := measureKCV(s, key)
+	key, err := s.Unwrap(params, p.handle, wrapped, c.measured)
+	if err != nil {
+		return err
+	}
+	kcv, err := measureKCV(s, p11.AESECB, key)
 	if err = errors.Join(err, s.DestroyObject(key)); err != nil {
 		return err
 	}
-	block, err := aes.NewCipher(publicConstant)
-	if err != nil {
-		return err
-	}
-	var want [aes.BlockSize]byte
-	block.Encrypt(want[:], want[:])
-	if [KCVLen]byte(want[:KCVLen]) != kcv {
+	if !bytes.Equal(kcv[:], zeroBlock(publicConstant)[:KCVLen]) {
 		return errors.New("hsm: the token measures a known key wrongly")
 	}
 	return nil
 }
 
-// encrypt wraps a public constant as a customer would wrap material.
-func encrypt(alg Algorithm, pub *rsa.PublicKey, known []byte) ([]byte, error) {
+// zeroBlock is a zero block encrypted by AES under a key that is public.
+func zeroBlock(key []byte) []byte {
+	block, err := aes.NewCipher(key)
+	if err != nil {
+		panic(err) // only ever called with a constant
+	}
+	var out [aes.BlockSize]byte
+	block.Encrypt(out[:], out[:])
+	return out[:]
+}
+
+// encryptRSA wraps a public constant as a customer would wrap material.
+func encryptRSA(alg Algorithm, pub *rsa.PublicKey, known []byte) ([]byte, error) {
 	switch alg {
 	case PKCS1v15:
 		return rsa.EncryptPKCS1v15(rand.Reader, pub, known)

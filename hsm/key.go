@@ -11,7 +11,7 @@ import (
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
 
-// Lengths of AES-GCM, in bytes; NIST SP 800-38D.
+// Lengths of GCM, in bytes; NIST SP 800-38D, and RFC 8998 for SM4.
 const (
 	gcmIVLen  = 12
 	gcmTagLen = 16
@@ -25,6 +25,7 @@ const Overhead = gcmIVLen + gcmTagLen
 type Key struct {
 	c      *connection
 	handle p11.Handle
+	gcm    p11.Mechanism // AES-GCM or SM4-GCM
 
 	mu     sync.RWMutex // held for reading while the handle is in use
 	closed bool
@@ -39,7 +40,11 @@ func (t *Token) OpenMaterial(ctx context.Context, m Material) (*Key, error) {
 	if err := t.Usable(m.Spec); err != nil {
 		return nil, err
 	}
-	if m.Custody != Sealed || len(m.Ref) != m.Spec.Len()+8 || m.Vault != t.cfg.Pins.VaultAES {
+	pins := t.cfg.Pins
+	switch {
+	case m.Custody == Sealed && m.Spec == SM4 && m.Vault == pins.VaultAES:
+		return nil, fmt.Errorf("%w: SM4 material that was imported while the token had no SM4; import it again", ErrUnsupported)
+	case m.Custody != Sealed, len(m.Ref) != m.Spec.Len()+8, m.Vault != map[MaterialSpec]Fingerprint{AES256: pins.VaultAES, SM4: pins.VaultSM4}[m.Spec]:
 		return nil, fmt.Errorf("%w: material of vault %s", ErrUntrusted, m.Vault)
 	}
 	var err error
@@ -48,9 +53,10 @@ func (t *Token) OpenMaterial(ctx context.Context, m Material) (*Key, error) {
 		if c, err = t.connection(ctx); err != nil {
 			return nil, err
 		}
+		v := c.vaults[m.Spec]
 		var h p11.Handle
-		if h, err = c.open(ctx, m.Ref); err == nil {
-			return &Key{c: c, handle: h}, nil
+		if h, err = c.open(ctx, v, m.Ref); err == nil {
+			return &Key{c: c, handle: h, gcm: v.kind.cipher.gcm}, nil
 		}
 		if !errors.Is(err, errConnectionLost) {
 			break
@@ -61,7 +67,7 @@ func (t *Token) OpenMaterial(ctx context.Context, m Material) (*Key, error) {
 
 // open unwraps a blob on a keeper. A keeper that fails is the end of the
 // connection: the other materials that it owns are gone, too.
-func (c *connection) open(ctx context.Context, blob []byte) (p11.Handle, error) {
+func (c *connection) open(ctx context.Context, v *vault, blob []byte) (p11.Handle, error) {
 	var s *p11.Session
 	select {
 	case s = <-c.keepers:
@@ -74,13 +80,13 @@ func (c *connection) open(ctx context.Context, blob []byte) (p11.Handle, error) 
 	if c.dead() {
 		return 0, errConnectionLost
 	}
-	h, err := s.Unwrap(p11.Plain(p11.AESKeyWrap), c.vault, blob, c.tmpl.opened)
+	h, err := s.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, blob, v.opened)
 	if err == nil {
 		return h, nil
 	}
 	if worst(err) == p11.NoFault {
 		// The blob is at fault, or the token is: it opens one that is good.
-		known, sick := s.Unwrap(p11.Plain(p11.AESKeyWrap), c.vault, c.canary, c.tmpl.opened)
+		known, sick := s.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, v.canary, v.opened)
 		if sick == nil {
 			sick = s.DestroyObject(known)
 		}
@@ -93,7 +99,7 @@ func (c *connection) open(ctx context.Context, blob []byte) (p11.Handle, error) 
 	return 0, errConnectionLost
 }
 
-// Encrypt encrypts by AES-GCM with a random 96-bit IV and appends to dst
+// Encrypt encrypts by GCM, of AES or SM4 as the material is, with a random 96-bit IV and appends to dst
 //
 //	IV (12) ‖ ciphertext (as long as the plaintext) ‖ tag (16)
 //
@@ -107,9 +113,9 @@ func (k *Key) Encrypt(ctx context.Context, dst, plaintext, aad []byte) ([]byte, 
 		return nil, err
 	}
 	err := k.use(ctx, "encrypt", func(s *p11.Session) error {
-		written, err := s.Encrypt(p11.GCM(p11.AESGCM, iv, aad), k.handle, plaintext, buf)
+		written, err := s.Encrypt(p11.GCM(k.gcm, iv, aad), k.handle, plaintext, buf)
 		if err == nil && len(written) != len(buf) {
-			return fmt.Errorf("hsm: the token's AES-GCM wrote %d bytes, not %d", len(written), len(buf))
+			return fmt.Errorf("hsm: the token's GCM wrote %d bytes, not %d", len(written), len(buf))
 		}
 		return err
 	})
@@ -130,10 +136,10 @@ func (k *Key) Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte,
 	// Some tokens want room for the tag, too.
 	out := slices.Grow(dst, len(body))[:n+len(body)]
 	err := k.use(ctx, "decrypt", func(s *p11.Session) error {
-		written, err := s.Decrypt(p11.GCM(p11.AESGCM, iv, aad), k.handle, body, out[n:])
+		written, err := s.Decrypt(p11.GCM(k.gcm, iv, aad), k.handle, body, out[n:])
 		if err == nil {
 			if len(written) != len(body)-gcmTagLen {
-				return fmt.Errorf("hsm: the token's AES-GCM wrote %d bytes, not %d", len(written), len(body)-gcmTagLen)
+				return fmt.Errorf("hsm: the token's GCM wrote %d bytes, not %d", len(written), len(body)-gcmTagLen)
 			}
 			out = out[:n+len(written)]
 			return nil
@@ -143,7 +149,7 @@ func (k *Key) Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte,
 		}
 		// The ciphertext is at fault, or the token is: it encrypts something.
 		var room [gcmIVLen + gcmTagLen + 1]byte
-		if _, sick := s.Encrypt(p11.GCM(p11.AESGCM, iv, nil), k.handle, nil, room[:]); sick != nil {
+		if _, sick := s.Encrypt(p11.GCM(k.gcm, iv, nil), k.handle, nil, room[:]); sick != nil {
 			return fmt.Errorf("%w: %w", p11.DeviceError, sick)
 		}
 		return ErrAuthentication

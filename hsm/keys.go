@@ -8,6 +8,7 @@ import (
 	"crypto/x509"
 	"encoding/asn1"
 	"fmt"
+	"slices"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
@@ -16,80 +17,118 @@ import (
 // which they are: 32 bytes, public by intent.
 var publicConstant = []byte("Keyferry fingerprint constant v1")
 
-// findKeys finds the pinned vault and MAC key, and refuses a token that
+// vault is a vault key of one connection.
+type vault struct {
+	handle      p11.Handle
+	fingerprint Fingerprint
+	kind        vaultKind
+	reseal      bool          // what it pins of CKA_EXTRACTABLE
+	canary      []byte        // a blob that it opens
+	opened      *p11.Template // of what it opens
+}
+
+// vaultKinds are the vaults that a token can have.
+func (proven sm) vaultKinds() map[MaterialSpec]vaultKind {
+	kinds := map[MaterialSpec]vaultKind{AES256: {labelVaultAES, aesNumbers}}
+	if proven.sm4 == nil {
+		kinds[SM4] = vaultKind{labelVaultSM4, proven.profile.SM4.cipher()}
+	}
+	return kinds
+}
+
+// findKeys finds the pinned vaults and MAC key, and refuses a token that
 // carries anything else with CKA_TRUSTED: one trusted key of known value opens
 // every blob.
 func (c *connection) findKeys(s *p11.Session) error {
 	pins := c.t.cfg.Pins
-	vaults, err := findVaults(s)
+	found, err := findVaults(s, c.sm)
 	if err != nil {
 		return err
 	}
-	for _, v := range vaults {
-		// Several objects of one fingerprint are copies of one key.
-		if v.fingerprint != pins.VaultAES {
-			return fmt.Errorf("%w: the token has a vault key %s that is not the pinned one", ErrUntrusted, v.fingerprint)
+	pinned := map[MaterialSpec]Fingerprint{AES256: pins.VaultAES, SM4: pins.VaultSM4}
+	c.vaults = map[MaterialSpec]*vault{}
+	for spec, vaults := range found {
+		for _, v := range vaults {
+			// Several objects of one fingerprint are copies of one key.
+			if v.fingerprint != pinned[spec] {
+				return fmt.Errorf("%w: the token has the %s vault key %s, which is not the pinned one", ErrUntrusted, spec, v.fingerprint)
+			}
+			c.vaults[spec] = v
 		}
-		c.vault, c.reseal, c.canary = v.handle, v.reseal, v.wrapped
 	}
-	if c.vault == 0 {
+	if c.vaults[AES256] == nil {
 		return fmt.Errorf("%w: the token has no vault key %s; run init, or correct the pin", ErrUnavailable, pins.VaultAES)
 	}
-	macs, err := findMACKeys(s)
+	if c.vaults[SM4] == nil && pins.VaultSM4 != (Fingerprint{}) {
+		return fmt.Errorf("%w: the token has no SM4 vault key %s, or no SM4 (%w)", ErrUnavailable, pins.VaultSM4, c.sm.sm4)
+	}
+	macs, handles, err := macKeys(s)
 	if err != nil {
 		return err
 	}
-	for _, m := range macs {
-		if m.fingerprint == pins.MACKey {
-			c.mac = m.handle
-		}
-	}
-	if c.mac == 0 {
+	if i := slices.Index(macs, pins.MACKey); i >= 0 {
+		c.mac = handles[i]
+	} else {
 		return fmt.Errorf("%w: the token has no MAC key %s; run init, or correct the pin", ErrUnavailable, pins.MACKey)
 	}
 	return nil
 }
 
-// foundKey is a key of ours as found on a token.
-type foundKey struct {
-	handle      p11.Handle
-	fingerprint Fingerprint
-	wrapped     []byte // vault: the wrapped public constant
-	reseal      bool   // vault: what it pins of EXTRACTABLE
-}
-
 // findVaults reads back every object with CKA_TRUSTED and returns the vault
 // keys. ErrUntrusted if one is anything else.
-func findVaults(s *p11.Session) ([]foundKey, error) {
+func findVaults(s *p11.Session, proven sm) (map[MaterialSpec][]*vault, error) {
+	kinds := proven.vaultKinds()
 	handles, err := s.FindObjects(p11.NewTemplate(p11.Bool(p11.Trusted, true)))
 	if err != nil {
 		return nil, err
 	}
-	var out []foundKey
+	out := map[MaterialSpec][]*vault{}
 	for _, h := range handles {
-		v := foundKey{handle: h}
-		strict := readBack(s, h, join(vaultKey(false), provenance()))
-		if strict != nil {
-			v.reseal = true
-			if readBack(s, h, join(vaultKey(true), provenance())) != nil {
-				label, _ := s.Attributes(h, p11.Label)
-				return nil, fmt.Errorf("object %q has CKA_TRUSTED and is no vault key of ours; the token must be dedicated: %w",
-					label[p11.Label], strict)
-			}
-		}
-		if v.wrapped, err = wrapConstant(s, h); err != nil {
+		values, err := s.Attributes(h, p11.Label)
+		if err != nil {
 			return nil, err
 		}
-		v.fingerprint = sha256.Sum256(v.wrapped)
-		out = append(out, v)
+		label := string(values[p11.Label])
+		i := slices.IndexFunc([]MaterialSpec{AES256, SM4}, func(spec MaterialSpec) bool { return kinds[spec].label == label })
+		switch {
+		case i >= 0:
+		case label == labelVaultSM4:
+			return nil, fmt.Errorf("the token has an SM4 vault and cannot use it: %w", proven.sm4)
+		default:
+			return nil, fmt.Errorf("%w: object %q has CKA_TRUSTED and is no vault key of ours; the token must be dedicated", ErrUntrusted, label)
+		}
+		spec := []MaterialSpec{AES256, SM4}[i]
+		v, err := verifyVault(s, h, kinds[spec])
+		if err != nil {
+			return nil, fmt.Errorf("object %q has CKA_TRUSTED and is no vault key of ours; the token must be dedicated: %w", label, err)
+		}
+		out[spec] = append(out[spec], v)
 	}
 	return out, nil
 }
 
-// wrapConstant wraps the public constant under a vault key; RFC 3394 is
-// deterministic, so the result names the key.
+// verifyVault reads a vault key back and names it by its fingerprint.
+func verifyVault(s *p11.Session, h p11.Handle, kind vaultKind) (*vault, error) {
+	v := &vault{handle: h, kind: kind}
+	if strict := readBack(s, h, join(kind.vaultKey(false), provenance())); strict != nil {
+		v.reseal = true
+		if readBack(s, h, join(kind.vaultKey(true), provenance())) != nil {
+			return nil, strict
+		}
+	}
+	var err error
+	if v.canary, err = wrapConstant(s, h); err != nil {
+		return nil, err
+	}
+	v.fingerprint = sha256.Sum256(v.canary)
+	v.opened = p11.NewTemplate(opened(kind.cipher, v.reseal)...)
+	return v, nil
+}
+
+// wrapConstant wraps half of the public constant, which every kind of vault
+// opens, under a vault key; RFC 3394 is deterministic, so the result names it.
 func wrapConstant(s *p11.Session, vault p11.Handle) ([]byte, error) {
-	known, err := s.CreateObject(p11.NewTemplate(knownKey(publicConstant)...))
+	known, err := s.CreateObject(p11.NewTemplate(knownAES(publicConstant[:16])...))
 	if err != nil {
 		return nil, err
 	}
@@ -100,34 +139,39 @@ func wrapConstant(s *p11.Session, vault p11.Handle) ([]byte, error) {
 	return blob, s.DestroyObject(known)
 }
 
-// findMACKeys returns the objects that look like our MAC key and read back as
-// one. Lookalikes are passed over: the fingerprint decides.
-func findMACKeys(s *p11.Session) ([]foundKey, error) {
-	handles, err := s.FindObjects(p11.NewTemplate(
+// findMACKeys returns the fingerprints of macKeys.
+func findMACKeys(s *p11.Session) ([]Fingerprint, error) {
+	list, _, err := macKeys(s)
+	return list, err
+}
+
+// macKeys returns the objects that look like our MAC key and read back as one.
+// Lookalikes are passed over: the fingerprint decides.
+func macKeys(s *p11.Session) (fingerprints []Fingerprint, handles []p11.Handle, err error) {
+	found, err := s.FindObjects(p11.NewTemplate(
 		p11.ULong(p11.Class, p11.ClassSecretKey),
 		p11.Bool(p11.OnToken, true),
 		p11.Bytes(p11.Label, []byte(labelMAC)),
 	))
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	var out []foundKey
-	for _, h := range handles {
+	for _, h := range found {
 		if readBack(s, h, join(macKey(), provenance())) != nil {
 			continue
 		}
 		sum, err := s.Sign(p11.Plain(p11.SHA256HMAC), h, macInput("keyferry/fingerprint/v1", publicConstant), make([]byte, macLen))
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		out = append(out, foundKey{handle: h, fingerprint: sha256.Sum256(sum)})
+		fingerprints, handles = append(fingerprints, sha256.Sum256(sum)), append(handles, h)
 	}
-	return out, nil
+	return fingerprints, handles, nil
 }
 
 // findReceiptKeys returns the receipt keys, by the public half whose private
 // half reads back as ours and signs for it.
-func findReceiptKeys(s *p11.Session) ([]foundKey, error) {
+func findReceiptKeys(s *p11.Session) ([]Fingerprint, error) {
 	handles, err := s.FindObjects(p11.NewTemplate(
 		p11.ULong(p11.Class, p11.ClassPrivateKey),
 		p11.Bool(p11.OnToken, true),
@@ -136,7 +180,7 @@ func findReceiptKeys(s *p11.Session) ([]foundKey, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []foundKey
+	var out []Fingerprint
 	for _, h := range handles {
 		values, err := s.Attributes(h, p11.ID)
 		if err != nil {
@@ -151,7 +195,7 @@ func findReceiptKeys(s *p11.Session) ([]foundKey, error) {
 		if err != nil {
 			return nil, err
 		}
-		out = append(out, foundKey{handle: h, fingerprint: sha256.Sum256(spki)})
+		out = append(out, sha256.Sum256(spki))
 	}
 	return out, nil
 }
@@ -181,13 +225,10 @@ func receiptSPKI(s *p11.Session, private p11.Handle, id []byte) ([]byte, error) 
 	return nil, fmt.Errorf("%w: no public half on the token verifies what the receipt key signs", ErrUntrusted)
 }
 
-// parseECPoint parses CKA_EC_POINT: an uncompressed point in a DER OCTET
-// STRING (PKCS#11 v2.40), or bare as some tokens have it.
 func parseECPoint(der []byte) (*ecdsa.PublicKey, error) {
-	point := der
-	var inner []byte
-	if rest, err := asn1.Unmarshal(der, &inner); err == nil && len(rest) == 0 {
-		point = inner
+	point, err := barePoint(der)
+	if err != nil {
+		return nil, err
 	}
 	return ecdsa.ParseUncompressedPublicKey(elliptic.P256(), point)
 }

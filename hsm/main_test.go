@@ -2,11 +2,15 @@ package hsm_test
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha1" //nolint:gosec // RSAES_OAEP_SHA_1 is what the token has
+	"crypto/sha1" //nolint:gosec // RSAES_OAEP_SHA_1 is what every token has
+	"crypto/sha256"
 	"testing"
 
+	"github.com/emmansun/gmsm/sm2"
+	"github.com/emmansun/gmsm/smx509"
 	"github.com/stretchr/testify/require"
 	"go.uber.org/goleak"
 
@@ -25,6 +29,7 @@ type bench struct {
 	token *hsm.Token
 	pair  hsm.PairInfo
 	pub   *rsa.PublicKey
+	sm2   *ecdsa.PublicKey // of an SM2 pair
 }
 
 func newBench(t testing.TB, alg hsm.Algorithm, change ...func(*hsm.Config)) *bench {
@@ -36,8 +41,22 @@ func newBench(t testing.TB, alg hsm.Algorithm, change ...func(*hsm.Config)) *ben
 		f(&cfg)
 	}
 	b.token = open(t, cfg)
-	b.pair, b.pub = newPair(t, b.token, alg)
+	if alg == hsm.SM2PKE {
+		needSM(t, b.soft)
+		b.pair, b.sm2 = newSM2Pair(t, b.token)
+	} else {
+		b.pair, b.pub = newPair(t, b.token, alg)
+	}
 	return b
+}
+
+func newSM2Pair(t testing.TB, token *hsm.Token) (hsm.PairInfo, *ecdsa.PublicKey) {
+	t.Helper()
+	info, err := token.GeneratePair(context.Background(), instance, hsm.ECSM2, hsm.SM2PKE)
+	require.NoError(t, err)
+	pub, err := smx509.ParsePKIXPublicKey(info.SPKI)
+	require.NoError(t, err)
+	return info, pub.(*ecdsa.PublicKey)
 }
 
 func open(t testing.TB, cfg hsm.Config) *hsm.Token {
@@ -55,14 +74,32 @@ func newPair(t testing.TB, token *hsm.Token, alg hsm.Algorithm) (hsm.PairInfo, *
 	return info, parse(t, info.SPKI)
 }
 
+// hasSM reports whether the token speaks SM4 and SM2: our own SoftHSM2 does,
+// the distribution's does not.
+func hasSM(soft *softhsm.Token) bool { return soft.Pins.VaultSM4 != hsm.Fingerprint{} }
+
+// needSM skips a test on a token without SM. "make test" runs the tests on
+// both kinds of token.
+func needSM(t testing.TB, soft *softhsm.Token) {
+	t.Helper()
+	if !hasSM(soft) {
+		t.Skipf("%s has neither SM4 nor SM2: build ours by \"make softhsm\" and name it in KEYFERRY_SOFTHSM_MODULE", soft.Module)
+	}
+}
+
 // wrap wraps as a customer does.
 func (b *bench) wrap(t testing.TB, material []byte) []byte {
 	t.Helper()
 	var out []byte
 	var err error
-	if b.pair.Algorithm == hsm.PKCS1v15 {
+	switch b.pair.Algorithm {
+	case hsm.PKCS1v15:
 		out, err = rsa.EncryptPKCS1v15(rand.Reader, b.pub, material) //nolint:staticcheck // what customers may ask for
-	} else {
+	case hsm.OAEPSHA256:
+		out, err = rsa.EncryptOAEP(sha256.New(), rand.Reader, b.pub, material, nil)
+	case hsm.SM2PKE:
+		out, err = sm2.Encrypt(rand.Reader, b.sm2, material, sm2.NewPlainEncrypterOpts(sm2.MarshalUncompressed, sm2.C1C3C2))
+	default:
 		out, err = rsa.EncryptOAEP(sha1.New(), rand.Reader, b.pub, material, nil)
 	}
 	require.NoError(t, err)

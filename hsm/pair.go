@@ -2,6 +2,7 @@ package hsm
 
 import (
 	"context"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha256"
@@ -13,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/emmansun/gmsm/sm2"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
@@ -36,7 +39,30 @@ type PairInfo struct {
 type pair struct {
 	PairInfo
 	handle p11.Handle
-	public *rsa.PublicKey
+	rsa    *rsa.PublicKey   // of an RSA pair
+	sm2    *ecdsa.PublicKey // of an SM2 pair
+	sm2By  SM2Numbers
+}
+
+// unwrapParams is how C_UnwrapKey is told the pair's algorithm, for a blob
+// that may have to be written differently for it. The error says no more than
+// that the blob cannot be one of this pair's.
+func (p *pair) unwrapParams(blob []byte) (p11.Params, []byte, error) {
+	switch {
+	case p.sm2 != nil:
+		return p.sm2By.sm2Blob(blob)
+	case len(blob) != p.rsa.Size():
+		return p11.Params{}, nil, errLength
+	}
+	return rsaParams(p.Algorithm), blob, nil
+}
+
+// encrypt wraps a public constant as a customer would wrap material.
+func (p *pair) encrypt(known []byte) ([]byte, error) {
+	if p.sm2 != nil {
+		return sm2.Encrypt(rand.Reader, p.sm2, known, sm2Raw)
+	}
+	return encryptRSA(p.Algorithm, p.rsa, known)
 }
 
 // TokenPair is a pair as Pairs lists it, unverified.
@@ -58,19 +84,15 @@ func (t *Token) GeneratePair(ctx context.Context, instance string, spec PairSpec
 	if _, err := rand.Read(id[:]); err != nil {
 		return PairInfo{}, err
 	}
-	label := pairLabel{instance, alg, time.Now().UTC()}.String()
+	label := pairLabel{instance, alg, time.Now().UTC()}
 	var info PairInfo
 	err := t.do(ctx, "generate a wrapping pair", func(c *connection, s *p11.Session) error {
-		// Generated on the token, not copied to it: a copy would have to be
-		// made from a copyable key, and of two such keys no attribute tells
-		// ours from a twin with other usages. The public half is not kept.
-		pub, priv, err := s.GenerateKeyPair(p11.RSAKeyPairGen,
-			p11.NewTemplate(rsaPublic(spec.Bits())...),
-			p11.NewTemplate(rsaPrivate(true, id[:], label, mechanism(alg))...))
-		if err != nil {
-			return err
+		generate := c.generateRSA
+		if alg == SM2PKE {
+			generate = c.generateSM2
 		}
-		if err := s.DestroyObject(pub); err != nil {
+		priv, err := generate(s, id, label, spec)
+		if err != nil {
 			return err
 		}
 		p, err := c.verifyPair(s, priv, id)
@@ -85,6 +107,19 @@ func (t *Token) GeneratePair(ctx context.Context, instance string, spec PairSpec
 		return nil
 	})
 	return info, err
+}
+
+// generateRSA generates a pair on the token, not by copying one to it: a copy
+// would have to be made from a copyable key, and of two such keys no attribute
+// tells ours from a twin with other usages. The public half is not kept.
+func (c *connection) generateRSA(s *p11.Session, id PairID, label pairLabel, spec PairSpec) (p11.Handle, error) {
+	pub, priv, err := s.GenerateKeyPair(p11.RSAKeyPairGen,
+		p11.NewTemplate(rsaPublic(spec.Bits())...),
+		p11.NewTemplate(wrappingPrivate(p11.KeyRSA, true, id[:], label.String(), mechanism(label.algorithm))...))
+	if err != nil {
+		return 0, err
+	}
+	return priv, s.DestroyObject(pub)
 }
 
 // pairLabel is the CKA_LABEL of a pair:
@@ -121,8 +156,8 @@ func mechanism(alg Algorithm) p11.Mechanism {
 	return p11.RSAOAEP
 }
 
-// unwrapParams is how C_UnwrapKey is told an algorithm.
-func unwrapParams(alg Algorithm) p11.Params {
+// rsaParams is how C_UnwrapKey is told an RSA algorithm.
+func rsaParams(alg Algorithm) p11.Params {
 	switch alg {
 	case PKCS1v15:
 		return p11.Plain(p11.RSAPKCS)
@@ -182,7 +217,7 @@ func (c *connection) pair(ctx context.Context, s *p11.Session, id PairID) (*pair
 
 // searchPair finds the one object of that CKA_ID that is ours.
 func (c *connection) searchPair(s *p11.Session, id PairID) (*pair, error) {
-	handles, err := s.FindObjects(pairTemplate(id))
+	handles, err := s.FindObjects(pairTemplate(p11.ClassPrivateKey, id))
 	if err != nil {
 		return nil, err
 	}
@@ -211,9 +246,9 @@ func (c *connection) searchPair(s *p11.Session, id PairID) (*pair, error) {
 	return nil, ErrPairNotFound
 }
 
-func pairTemplate(id PairID) *p11.Template {
+func pairTemplate(class uint64, id PairID) *p11.Template {
 	return p11.NewTemplate(
-		p11.ULong(p11.Class, p11.ClassPrivateKey),
+		p11.ULong(p11.Class, class),
 		p11.Bool(p11.OnToken, true),
 		p11.Bytes(p11.ID, id[:]),
 	)
@@ -227,30 +262,35 @@ func (c *connection) verifyPair(s *p11.Session, h p11.Handle, id PairID) (*pair,
 	if err != nil {
 		return nil, err
 	}
+	label, ok := parsePairLabel(values[p11.Label])
+	if !ok {
+		return nil, fmt.Errorf("%w: its label is of no kind that we make", ErrUntrusted)
+	}
+	if label.algorithm == SM2PKE {
+		return c.verifySM2Pair(s, h, id, label)
+	}
 	pub := &rsa.PublicKey{N: new(big.Int).SetBytes(values[p11.Modulus])}
-	if e := new(big.Int).SetBytes(values[p11.PublicExponent]); e.IsInt64() && e.BitLen() < 32 {
+	if e := new(big.Int).SetBytes(values[p11.PublicExponent]); e.BitLen() < 32 {
 		pub.E = int(e.Int64())
 	}
-	info := PairInfo{ID: id}
+	p := &pair{PairInfo: PairInfo{ID: id, Algorithm: label.algorithm}, handle: h, rsa: pub}
 	for _, spec := range []PairSpec{RSA2048, RSA3072, RSA4096} {
 		if pub.N.BitLen() == spec.Bits() {
-			info.Spec = spec
+			p.Spec = spec
 		}
 	}
-	label, ok := parsePairLabel(values[p11.Label])
-	if !ok || info.Spec == "" || pub.E != 65537 {
-		return nil, fmt.Errorf("%w: its label or its public key is of no kind that we make", ErrUntrusted)
+	if p.Spec == "" || pub.E != 65537 {
+		return nil, fmt.Errorf("%w: its public key is of no kind that we make", ErrUntrusted)
 	}
-	info.Algorithm = label.algorithm
-	want := rsaPrivate(true, id[:], label.String(), mechanism(label.algorithm))
+	want := wrappingPrivate(p11.KeyRSA, true, id[:], label.String(), mechanism(label.algorithm))
 	if err := readBack(s, h, join(want, provenance())); err != nil {
 		return nil, err
 	}
-	if info.SPKI, err = x509.MarshalPKIXPublicKey(pub); err != nil {
+	if p.SPKI, err = x509.MarshalPKIXPublicKey(pub); err != nil {
 		return nil, err
 	}
-	info.Fingerprint = sha256.Sum256(info.SPKI)
-	return &pair{PairInfo: info, handle: h, public: pub}, nil
+	p.Fingerprint = sha256.Sum256(p.SPKI)
+	return p, nil
 }
 
 // Pairs lists the wrapping pairs of an instance that are on the token, for
@@ -290,13 +330,16 @@ func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error)
 func (t *Token) DestroyPair(ctx context.Context, id PairID) error {
 	return t.do(ctx, "destroy a wrapping pair", func(c *connection, s *p11.Session) error {
 		c.pairs.Delete(id)
-		handles, err := s.FindObjects(pairTemplate(id))
-		if err != nil {
-			return err
-		}
-		for _, h := range handles {
-			if err := s.DestroyObject(h); err != nil && worst(err) != p11.HandleFault {
+		// The private half last: it is what Pairs lists.
+		for _, class := range []uint64{p11.ClassPublicKey, p11.ClassPrivateKey} {
+			handles, err := s.FindObjects(pairTemplate(class, id))
+			if err != nil {
 				return err
+			}
+			for _, h := range handles {
+				if err := s.DestroyObject(h); err != nil && worst(err) != p11.HandleFault {
+					return err
+				}
 			}
 		}
 		return nil

@@ -76,7 +76,8 @@ func TestPairsAreOfferedAsProven(t *testing.T) {
 		{hsm.RSA2048, hsm.PKCS1v15, "switched off"},
 		{hsm.RSA2048, "RSAES_OAEP_SHA_512", "RSAES_OAEP_SHA_512"},
 		{"RSA_1024", hsm.OAEPSHA1, "RSA_1024"},
-		{hsm.ECSM2, hsm.SM2PKE, "EC_SM2"},
+		{hsm.ECSM2, hsm.OAEPSHA1, "EC_SM2"},
+		{hsm.RSA2048, hsm.SM2PKE, "SM2PKE"},
 		{"", "", "wrapping"},
 	} {
 		err := b.token.Offers(c.spec, c.alg)

@@ -20,11 +20,16 @@ type capabilities struct {
 	maxModulus        int                 // bits
 	implicitRejection bool
 	readsBack         bool // attributes of an unwrapped key can be read
+	sm                sm
 }
 
 func (c *capabilities) offers(spec PairSpec, alg Algorithm) error {
 	why, known := c.wrapping[alg]
 	switch {
+	case (spec == ECSM2) != (alg == SM2PKE):
+		return fmt.Errorf("%w: wrapping algorithm %q with pairs of spec %q", ErrUnsupported, alg, spec)
+	case alg == SM2PKE:
+		return c.sm.sm2
 	case spec.Bits() == 0:
 		return fmt.Errorf("%w: wrapping pairs of spec %q", ErrUnsupported, spec)
 	case !known:
@@ -48,7 +53,7 @@ var (
 // probe proves everything that the token is used for, on session objects. An
 // error means that the token cannot be used at all.
 func (c *connection) probe(s *p11.Session) (*capabilities, error) {
-	caps := &capabilities{wrapping: map[Algorithm]error{}, readsBack: true}
+	caps := &capabilities{wrapping: map[Algorithm]error{}, readsBack: true, sm: c.sm}
 	var err error
 	if _, caps.maxModulus, err = c.t.mod.KeySizes(c.slot, p11.RSAKeyPairGen); err != nil {
 		return nil, err
@@ -56,7 +61,7 @@ func (c *connection) probe(s *p11.Session) (*capabilities, error) {
 	// One pair for all probes. Real pairs answer to one mechanism each.
 	pub, priv, err := s.GenerateKeyPair(p11.RSAKeyPairGen,
 		p11.NewTemplate(rsaPublic(RSA2048.Bits())...),
-		p11.NewTemplate(rsaPrivate(false, []byte("probe"), "keyferry probe", p11.RSAOAEP, p11.RSAPKCS)...))
+		p11.NewTemplate(wrappingPrivate(p11.KeyRSA, false, []byte("probe"), "keyferry probe", p11.RSAPKCS, p11.RSAOAEP)...))
 	if err != nil {
 		return nil, err
 	}
@@ -106,7 +111,7 @@ func (c *connection) probe(s *p11.Session) (*capabilities, error) {
 	if err := c.probePins(s, priv, public, caps); err != nil {
 		return nil, err
 	}
-	blob, err := s.Wrap(p11.Plain(p11.AESKeyWrap), c.vault, key, make([]byte, blobRoom))
+	blob, err := s.Wrap(p11.Plain(p11.AESKeyWrap), c.vaults[AES256].handle, key, make([]byte, blobRoom))
 	if err != nil {
 		return nil, fmt.Errorf("%w: sealing by CKM_AES_KEY_WRAP (%w)", ErrUnsupported, err)
 	}
@@ -118,11 +123,11 @@ func (c *connection) probe(s *p11.Session) (*capabilities, error) {
 
 // probeAlgorithm unwraps a known key by alg and checks that it is that key.
 func (c *connection) probeAlgorithm(s *p11.Session, priv p11.Handle, pub *rsa.PublicKey, alg Algorithm) (p11.Handle, error) {
-	wrapped, err := encrypt(alg, pub, kaKey)
+	wrapped, err := encryptRSA(alg, pub, kaKey)
 	if err != nil {
 		return 0, err
 	}
-	key, err := s.Unwrap(unwrapParams(alg), priv, wrapped, c.tmpl.measured)
+	key, err := s.Unwrap(rsaParams(alg), priv, wrapped, c.measured)
 	if err != nil {
 		return 0, fmt.Errorf("%w: %s (%w)", ErrUnsupported, alg, err)
 	}
@@ -150,7 +155,7 @@ func (c *connection) probeMeasures(s *p11.Session, key p11.Handle) error {
 
 // probeImplicitRejection looks whether garbage unwraps to something.
 func (c *connection) probeImplicitRejection(s *p11.Session, priv p11.Handle, pub *rsa.PublicKey) (bool, error) {
-	wrapped, err := encrypt(PKCS1v15, pub, kaKey)
+	wrapped, err := encryptRSA(PKCS1v15, pub, kaKey)
 	if err != nil {
 		return false, err
 	}
@@ -158,7 +163,7 @@ func (c *connection) probeImplicitRejection(s *p11.Session, priv p11.Handle, pub
 	// large, whose second byte cannot be the 2 of the padding.
 	m := new(big.Int).Exp(big.NewInt(2), big.NewInt(int64(pub.E)), pub.N)
 	m.Mod(m.Mul(m, new(big.Int).SetBytes(wrapped)), pub.N)
-	h, err := s.Unwrap(unwrapParams(PKCS1v15), priv, m.FillBytes(wrapped), c.tmpl.measured)
+	h, err := s.Unwrap(rsaParams(PKCS1v15), priv, m.FillBytes(wrapped), c.measured)
 	switch {
 	case err == nil:
 		return true, s.DestroyObject(h)
@@ -175,7 +180,7 @@ func (c *connection) probePins(s *p11.Session, priv p11.Handle, pub *rsa.PublicK
 		if err != nil {
 			continue
 		}
-		wrapped, err := encrypt(alg, pub, kaKey)
+		wrapped, err := encryptRSA(alg, pub, kaKey)
 		if err != nil {
 			return err
 		}
@@ -187,7 +192,7 @@ func (c *connection) probePins(s *p11.Session, priv p11.Handle, pub *rsa.PublicK
 				}
 				attrs = append(attrs, a)
 			}
-			h, err := s.Unwrap(unwrapParams(alg), priv, wrapped, p11.NewTemplate(attrs...))
+			h, err := s.Unwrap(rsaParams(alg), priv, wrapped, p11.NewTemplate(attrs...))
 			if err == nil {
 				return errors.Join(fmt.Errorf("%w: CKA_UNWRAP_TEMPLATE does not bind %s, so the PIN alone would hold every key",
 					ErrUnsupported, attributeName(pin.Type)), s.DestroyObject(h))
@@ -203,12 +208,13 @@ func (c *connection) probePins(s *p11.Session, priv p11.Handle, pub *rsa.PublicK
 
 // probeUse opens a blob of a known key and proves AES-GCM with it.
 func (c *connection) probeUse(s *p11.Session, blob []byte) error {
-	key, err := s.Unwrap(p11.Plain(p11.AESKeyWrap), c.vault, blob, c.tmpl.opened)
+	v := c.vaults[AES256]
+	key, err := s.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, blob, v.opened)
 	if err != nil {
 		return fmt.Errorf("%w: opening by CKM_AES_KEY_WRAP (%w)", ErrUnsupported, err)
 	}
 	defer func() { _ = s.DestroyObject(key) }()
-	if err := readBack(s, key, opened(c.reseal)); err != nil {
+	if err := readBack(s, key, v.opened.Attrs()); err != nil {
 		return err
 	}
 	block, err := aes.NewCipher(kaKey)
@@ -219,22 +225,8 @@ func (c *connection) probeUse(s *p11.Session, blob []byte) error {
 	if err != nil {
 		return err
 	}
-	iv, aad := kaCMAC[:gcmIVLen], kaKey
-	want := gcm.Seal(nil, iv, kaBlock, aad)
-	got, err := s.Encrypt(p11.GCM(p11.AESGCM, iv, aad), key, kaBlock, make([]byte, len(want)))
-	if err != nil || !bytes.Equal(got, want) {
-		return errors.Join(fmt.Errorf("%w: CKM_AES_GCM encryption", ErrUnsupported), err)
-	}
-	plain, err := s.Decrypt(p11.GCM(p11.AESGCM, iv, aad), key, want, make([]byte, len(want)))
-	if err != nil || !bytes.Equal(plain, kaBlock) {
-		return errors.Join(fmt.Errorf("%w: CKM_AES_GCM decryption", ErrUnsupported), err)
-	}
-	want[0] ^= 1
-	if _, err = s.Decrypt(p11.GCM(p11.AESGCM, iv, aad), key, want, make([]byte, len(want))); err == nil {
-		return fmt.Errorf("%w: CKM_AES_GCM does not check the tag", ErrUnsupported)
-	}
-	if worst(err) > p11.NoFault {
-		return err
+	if err := compareGCM(s, p11.AESGCM, key, gcm); err != nil {
+		return fmt.Errorf("%w: CKM_AES_GCM (%w)", ErrUnsupported, err)
 	}
 	return nil
 }

@@ -9,9 +9,10 @@ import (
 // Labels of the keys that Init makes.
 const (
 	labelVaultAES = "keyferry vault AES-256 v1"
+	labelVaultSM4 = "keyferry vault SM4 v1"
 	labelMAC      = "keyferry mac HMAC-SHA-256 v1"
 	labelReceipt  = "keyferry receipt P-256 v1"
-	labelPair     = "keyferry pair " // followed by instance, a blank and the Unix time
+	labelPair     = "keyferry pair " // see pairLabel
 )
 
 // The usage booleans of each class. A template names every one of them:
@@ -39,38 +40,59 @@ func frozen() []p11.Attr {
 
 func join(lists ...[]p11.Attr) []p11.Attr { return slices.Concat(lists...) }
 
-// materialMechanisms is what AES material answers to, in this order in every
-// template: tokens compare the list byte for byte, and SoftHSM2 reports it in
-// ascending order.
-func materialMechanisms() p11.Attr { return p11.Mechanisms(p11.AESECB, p11.AESGCM, p11.AESCMAC) }
+// cipherNumbers are those of the block cipher that material is used with.
+type cipherNumbers struct {
+	keyType        uint64
+	ecb, gcm, cmac p11.Mechanism
+}
+
+var aesNumbers = cipherNumbers{p11.KeyAES, p11.AESECB, p11.AESGCM, p11.AESCMAC}
+
+func (n SM4Numbers) cipher() cipherNumbers {
+	return cipherNumbers{uint64(n.KeyType), p11.Mechanism(n.ECB), p11.Mechanism(n.GCM), p11.Mechanism(n.CMAC)}
+}
+
+// mechanisms is what material answers to, in this order in every template:
+// tokens compare the list byte for byte, and SoftHSM2 reports it in ascending
+// order.
+func (n cipherNumbers) mechanisms() p11.Attr {
+	list := []p11.Mechanism{n.ecb, n.gcm}
+	if n.cmac != 0 {
+		list = append(list, n.cmac)
+	}
+	slices.Sort(list)
+	return p11.Mechanisms(list...)
+}
 
 // material is the template, pinned and explicit alike, of key material as a
 // session object. Pins stand in CKA_UNWRAP_TEMPLATE; SoftHSM2 compares the two
 // instead of merging them, so every C_UnwrapKey repeats them all.
-func material(extractable bool, usages ...p11.Attribute) []p11.Attr {
+func material(n cipherNumbers, extractable bool, usages ...p11.Attribute) []p11.Attr {
 	return join(
 		[]p11.Attr{
 			p11.ULong(p11.Class, p11.ClassSecretKey),
-			p11.ULong(p11.KeyType, p11.KeyAES),
+			p11.ULong(p11.KeyType, n.keyType),
 			p11.Bool(p11.OnToken, false),
 			p11.Bool(p11.Private, true),
 			p11.Bool(p11.Sensitive, true),
 			p11.Bool(p11.Extractable, extractable),
 			p11.Bool(p11.WrapWithTrusted, true),
-			materialMechanisms(),
+			n.mechanisms(),
 		},
 		usage(secretUsages, usages...),
 		frozen(),
 	)
 }
 
-// measured is material as it comes out of the customer's unwrap: extractable,
-// because it is sealed next, under a trusted key only.
-func measured() []p11.Attr { return material(true, p11.Encrypt, p11.Sign) }
+// measured is material as it comes out of the customer's unwrap, always as an
+// AES key: extractable, because it is sealed next, under a trusted key only.
+func measured() []p11.Attr { return material(aesNumbers, true, p11.Encrypt, p11.Sign) }
 
 // opened is material as it comes out of its blob, to be used. Not extractable
 // unless the vault was made for re-sealing.
-func opened(reseal bool) []p11.Attr { return material(reseal, p11.Encrypt, p11.Decrypt) }
+func opened(n cipherNumbers, reseal bool) []p11.Attr {
+	return material(n, reseal, p11.Encrypt, p11.Decrypt)
+}
 
 // vaultWrapTemplate is what a key must be for the vault to seal it.
 func vaultWrapTemplate() []p11.Attr {
@@ -81,22 +103,29 @@ func vaultWrapTemplate() []p11.Attr {
 	}
 }
 
-// vaultKey is a vault key in its final form, on the token.
-func vaultKey(reseal bool) []p11.Attr {
-	return join(vaultCommon(reseal), vaultPlacement(), []p11.Attr{p11.Bool(p11.Trusted, true)})
+// vaultKind is what a vault key is for: one vault opens one type of key.
+// Unpinned, SoftHSM2 opens a sealed 32-byte AES key as a DES key.
+type vaultKind struct {
+	label  string
+	cipher cipherNumbers
 }
 
-func vaultCommon(reseal bool) []p11.Attr {
+// vaultKey is a vault key in its final form, on the token.
+func (v vaultKind) vaultKey(reseal bool) []p11.Attr {
+	return join(v.common(reseal), vaultPlacement(), []p11.Attr{p11.Bool(p11.Trusted, true)})
+}
+
+func (v vaultKind) common(reseal bool) []p11.Attr {
 	return join(
 		[]p11.Attr{
 			p11.ULong(p11.Class, p11.ClassSecretKey),
 			p11.ULong(p11.KeyType, p11.KeyAES),
-			p11.Bytes(p11.Label, []byte(labelVaultAES)),
+			p11.Bytes(p11.Label, []byte(v.label)),
 			p11.Bool(p11.Sensitive, true),
 			p11.Bool(p11.Extractable, false),
 			p11.Mechanisms(p11.AESKeyWrap),
 			p11.Nested(p11.WrapTemplate, vaultWrapTemplate()),
-			p11.Nested(p11.UnwrapTemplate, opened(reseal)),
+			p11.Nested(p11.UnwrapTemplate, opened(v.cipher, reseal)),
 		},
 		usage(secretUsages, p11.Wrap, p11.Unwrap),
 	)
@@ -113,11 +142,11 @@ func vaultPlacement() []p11.Attr {
 	}
 }
 
-// vaultBirth is the session object that the SO generates: only the SO may set
+// birth is the session object that the SO generates: only the SO may set
 // CKA_TRUSTED, and only a public object is the SO's to make. It never touches
 // the disk.
-func vaultBirth(reseal bool) []p11.Attr {
-	return join(vaultCommon(reseal), []p11.Attr{
+func (v vaultKind) birth(reseal bool) []p11.Attr {
+	return join(v.common(reseal), []p11.Attr{
 		p11.ULong(p11.ValueLen, 32),
 		p11.Bool(p11.OnToken, false),
 		p11.Bool(p11.Private, false),
@@ -125,22 +154,31 @@ func vaultBirth(reseal bool) []p11.Attr {
 	})
 }
 
-// knownKey is a session object of a public constant that the vault wraps, to
+// knownAES is a session object of a public constant that a vault wraps, to
 // tell which vault it is.
-func knownKey(value []byte) []p11.Attr {
+func knownAES(value []byte) []p11.Attr {
+	return known(aesNumbers, value, p11.Encrypt, p11.Sign)
+}
+
+// knownSM4 is a session object of a public constant, to prove SM4 with.
+func knownSM4(n SM4Numbers, value []byte) []p11.Attr {
+	return known(n.cipher(), value, p11.Encrypt, p11.Decrypt)
+}
+
+func known(n cipherNumbers, value []byte, usages ...p11.Attribute) []p11.Attr {
 	return join(
 		[]p11.Attr{
 			p11.ULong(p11.Class, p11.ClassSecretKey),
-			p11.ULong(p11.KeyType, p11.KeyAES),
+			p11.ULong(p11.KeyType, n.keyType),
 			p11.Bytes(p11.Value, value),
 			p11.Bool(p11.OnToken, false),
 			p11.Bool(p11.Private, true),
 			p11.Bool(p11.Sensitive, true),
 			p11.Bool(p11.Extractable, true),
 			p11.Bool(p11.WrapWithTrusted, true),
-			materialMechanisms(),
+			n.mechanisms(),
 		},
-		usage(secretUsages, p11.Encrypt, p11.Sign),
+		usage(secretUsages, usages...),
 		frozen(),
 	)
 }
@@ -224,13 +262,13 @@ func rsaPublic(bits int) []p11.Attr {
 	)
 }
 
-// rsaPrivate is the private half of a wrapping pair: it unwraps, by the
+// wrappingPrivate is the private half of a wrapping pair: it unwraps, by the
 // mechanisms of its algorithm, into what measured says, and nothing else.
-func rsaPrivate(onToken bool, id []byte, label string, mechanisms ...p11.Mechanism) []p11.Attr {
+func wrappingPrivate(keyType uint64, onToken bool, id []byte, label string, mechanisms ...p11.Mechanism) []p11.Attr {
 	return join(
 		[]p11.Attr{
 			p11.ULong(p11.Class, p11.ClassPrivateKey),
-			p11.ULong(p11.KeyType, p11.KeyRSA),
+			p11.ULong(p11.KeyType, keyType),
 			p11.Bytes(p11.Label, []byte(label)),
 			p11.Bytes(p11.ID, id),
 			p11.Bool(p11.OnToken, onToken),
