@@ -30,6 +30,9 @@ demo: deps build ## walk through the life of a customer's key
 	bin/keyferryd demo
 
 .PHONY: test
+# In GOFLAGS it holds for the programs too that tests build: nothing is compiled
+# twice.
+test: export GOFLAGS := $(GOFLAGS) $(race)
 test: deps ## run the tests, with the race detector, on real SoftHSM2 tokens
 	$(GO) test $(race) -timeout 20m ./...
 
