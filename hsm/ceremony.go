@@ -240,7 +240,10 @@ var initialising sync.Mutex
 
 // InitToken initialises the one slot of a module whose token never was, sets
 // both PINs, and returns the token's serial. A slot that is initialised is
-// never touched, and neither is anything when a token of that label is there.
+// never touched, and neither is anything when a token of that label is there,
+// unless its user PIN was never set: then an earlier InitToken was cut short,
+// and this one ends it with the same SO PIN.
+//
 // The PINs must have MinPINLen bytes; the slices are wiped.
 func InitToken(ctx context.Context, module, label string, soPIN, userPIN func() ([]byte, error)) (serial string, err error) {
 	initialising.Lock()
@@ -271,20 +274,26 @@ func InitToken(ctx context.Context, module, label string, soPIN, userPIN func() 
 		return "", fault("list the tokens", err)
 	}
 	var blank []p11.Token
+	halfMade := false
 	for _, tok := range all {
-		if tok.Initialized && tok.Label == label {
-			return "", fmt.Errorf("%w: a token labelled %q is there already; nothing was touched", ErrUntrusted, label)
-		}
-		if !tok.Initialized {
+		switch {
+		case !tok.Initialized:
 			blank = append(blank, tok)
+		case tok.Label != label:
+		case tok.PINInitialized:
+			return "", fmt.Errorf("%w: a token labelled %q is there already; nothing was touched", ErrUntrusted, label)
+		default:
+			halfMade = true // a crash came before the user PIN
 		}
 	}
-	if len(blank) != 1 {
-		return "", fmt.Errorf("%w: %d slots hold a token that was never initialised; use the vendor's tool to initialise the right one",
-			ErrUnsupported, len(blank))
-	}
-	if err := mod.InitToken(blank[0].Slot, so, label); err != nil {
-		return "", fault("initialise the token", err)
+	if !halfMade {
+		if len(blank) != 1 {
+			return "", fmt.Errorf("%w: %d slots hold a token that was never initialised; use the vendor's tool to initialise the right one",
+				ErrUnsupported, len(blank))
+		}
+		if err := mod.InitToken(blank[0].Slot, so, label); err != nil {
+			return "", fault("initialise the token", err)
+		}
 	}
 	tok, err := initialised(mod, label)
 	if err != nil {

@@ -313,3 +313,24 @@ func TestInitTokenTouchesOnlyABlankSlot(t *testing.T) {
 	_, err := hsm.Init(ctx, initConfig(soft))
 	require.NoError(t, err, "and the token that was there is as it was")
 }
+
+// A crash between C_InitToken and C_InitPIN leaves a token that nobody can use;
+// the next InitToken ends what the first began.
+func TestInitTokenEndsWhatACrashLeft(t *testing.T) {
+	ctx := context.Background()
+	soft := softhsm.New(t)
+	tap := hsmtest.On(t, soft.Module)
+	const label = "half made"
+	tap.Inject(hsmtest.Fault{Call: "C_InitPIN", RV: pkcs11.CKR_DEVICE_ERROR})
+	_, err := hsm.InitToken(ctx, soft.Module, label, soft.SOPIN, soft.UserPIN)
+	require.ErrorIs(t, err, hsm.ErrUnavailable)
+	require.Equal(t, 1, tap.Heal())
+	_, err = hsm.InitToken(ctx, soft.Module, label, soft.UserPIN, soft.UserPIN)
+	require.ErrorIs(t, err, hsm.ErrPIN, "whoever ends it has the SO PIN")
+	serial, err := hsm.InitToken(ctx, soft.Module, label, soft.SOPIN, soft.UserPIN)
+	require.NoError(t, err)
+	_, err = hsm.Init(ctx, hsm.InitConfig{Module: soft.Module, Label: label, Pins: hsm.Pins{Serial: serial}, SOPIN: soft.SOPIN, UserPIN: soft.UserPIN})
+	require.NoError(t, err)
+	_, err = hsm.InitToken(ctx, soft.Module, label, soft.SOPIN, soft.UserPIN)
+	require.ErrorIs(t, err, hsm.ErrUntrusted)
+}

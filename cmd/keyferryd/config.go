@@ -52,6 +52,10 @@ type tokenConfig struct {
 	// AllowPKCS1v15 offers RSAES_PKCS1_V1_5, which cannot be made safe against
 	// a thief of the user PIN.
 	AllowPKCS1v15 bool `yaml:"allow_pkcs1_v15,omitempty"`
+	// Profile names how the token speaks SM2 and SM4; without it known answers
+	// find it out. ProfilesFile adds profiles to those that are built in.
+	Profile      string `yaml:"profile,omitempty"`
+	ProfilesFile string `yaml:"profiles_file,omitempty"`
 }
 
 type pinsConfig struct {
@@ -117,17 +121,38 @@ func loadConfig(path string) (config, error) {
 	return cfg, nil
 }
 
-func parseConfig(text []byte) (config, error) {
-	var cfg config
+func parseConfig(text []byte) (cfg config, err error) {
+	err = decodeStrictly(text, &cfg)
+	return cfg, err
+}
+
+// decodeStrictly decodes one document of YAML that holds nothing unknown.
+func decodeStrictly(text []byte, into any) error {
 	decoder := yaml.NewDecoder(bytes.NewReader(text))
 	decoder.KnownFields(true)
-	if err := decoder.Decode(&cfg); err != nil && !errors.Is(err, io.EOF) {
-		return config{}, plainYAMLError(err)
+	if err := decoder.Decode(into); err != nil && !errors.Is(err, io.EOF) {
+		return plainYAMLError(err)
 	}
 	if err := decoder.Decode(&struct{}{}); !errors.Is(err, io.EOF) {
-		return config{}, errors.New("there is a second document in the file: remove it")
+		return errors.New("there is a second document in the file: remove it")
 	}
-	return cfg, nil
+	return nil
+}
+
+// profiles reads the operator's own profiles of SM2 and SM4.
+func (c *tokenConfig) profiles() ([]hsm.Profile, error) {
+	if c.ProfilesFile == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(c.ProfilesFile)
+	if err != nil {
+		return nil, fmt.Errorf("token.profiles_file: %w", err)
+	}
+	var list []hsm.Profile
+	if err := decodeStrictly(text, &list); err != nil {
+		return nil, fmt.Errorf("%s: %w", c.ProfilesFile, err)
+	}
+	return list, nil
 }
 
 // plainYAMLError leaves out what only a reader of this source understands.
@@ -147,7 +172,7 @@ func plainYAMLError(err error) error {
 
 // resolve makes the paths of a configuration in dir absolute.
 func (c *config) resolve(dir string) {
-	paths := []*string{&c.Token.Module, &c.Token.UserPINFile, &c.Store.SQLite}
+	paths := []*string{&c.Token.Module, &c.Token.UserPINFile, &c.Token.ProfilesFile, &c.Store.SQLite}
 	for i := range c.AccessKeys {
 		paths = append(paths, &c.AccessKeys[i].SecretFile)
 	}

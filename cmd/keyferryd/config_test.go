@@ -227,3 +227,25 @@ func TestWriteFile(t *testing.T) {
 	require.NoError(t, err)
 	require.Len(t, entries, 2, "nothing half-written is left")
 }
+
+func TestProfilesFile(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "profiles.yaml")
+	token := tokenConfig{ProfilesFile: file}
+	_, err := token.profiles()
+	require.ErrorContains(t, err, "profiles_file")
+	require.NoError(t, os.WriteFile(file, []byte(
+		"- name: ours\n  sm4: {key_type: 0x80000106, ecb: 0x80000108, gcm: 0x8000010f}\n  sm2: {key_type: 3, key_pair_gen: 0x80008001, raw: 0x80008200}\n"), 0o600))
+	list, err := token.profiles()
+	require.NoError(t, err)
+	require.Equal(t, []hsm.Profile{{
+		Name: "ours",
+		SM4:  hsm.SM4Numbers{KeyType: 0x80000106, ECB: 0x80000108, GCM: 0x8000010f},
+		SM2:  hsm.SM2Numbers{KeyType: 3, KeyPairGen: 0x80008001, Raw: 0x80008200},
+	}}, list)
+	require.NoError(t, os.WriteFile(file, []byte("- {name: ours, sm9: 1}\n"), 0o600))
+	_, err = token.profiles()
+	require.ErrorContains(t, err, "sm9 is unknown")
+	none, err := (&tokenConfig{}).profiles()
+	require.NoError(t, err)
+	require.Empty(t, none)
+}

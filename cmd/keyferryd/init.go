@@ -117,9 +117,14 @@ func (c *ceremony) initialise(ctx context.Context, cfg *config, soPIN []byte) (h
 			cfg.Token.Pins.Serial = serial
 		}
 	}
+	profiles, err := cfg.Token.profiles()
+	if err != nil {
+		return hsm.Pins{}, err
+	}
 	pins, err := hsm.Init(ctx, hsm.InitConfig{
 		Module: cfg.Token.Module, Label: cfg.Token.Label, Pins: cfg.Token.Pins.pins(),
 		SOPIN: officer, UserPIN: userPIN, Reseal: c.reseal,
+		Profile: cfg.Token.Profile, Profiles: profiles,
 	})
 	if errors.Is(err, hsm.ErrPIN) && officer == nil {
 		return hsm.Pins{}, fmt.Errorf("%w: if the vault key is yet to be made, name the security officer's PIN with --so-pin-file", err)

@@ -82,10 +82,15 @@ func openToken(ctx context.Context, cfg *config, log *slog.Logger) (*hsm.Token, 
 	if err := checkModule(cfg.Token.Module); err != nil {
 		return nil, err
 	}
+	profiles, err := cfg.Token.profiles()
+	if err != nil {
+		return nil, err
+	}
 	token, err := hsm.Open(ctx, hsm.Config{
 		Module: cfg.Token.Module, Label: cfg.Token.Label, Pins: cfg.Token.Pins.pins(),
 		PIN:      func() ([]byte, error) { return readSecret(cfg.Token.UserPINFile, log) },
 		Sessions: cfg.Token.Sessions, AllowPKCS1v15: cfg.Token.AllowPKCS1v15, Logger: log,
+		Profile: cfg.Token.Profile, Profiles: profiles,
 	})
 	return token, tokenAdvice(err, cfg)
 }
