@@ -29,8 +29,9 @@ var (
 	ErrUnavailable = errors.New("store: unavailable")
 )
 
-// Key is the row of one CMK. Times are UTC with a precision of one second;
-// the zero time means none and is stored as such.
+// Key is the row of one CMK. Times are UTC with a precision of one second,
+// here and in every row: a store drops the fraction. The zero time means none
+// and is stored as such. A nil slice is not an empty one.
 type Key struct {
 	KeyID        string
 	KeyVersionID string // unique; ciphertexts carry it
@@ -132,14 +133,16 @@ type PairCount struct {
 // the waiting; a write given up that way may still take effect, as a whole.
 // Callers own the slices they pass and get.
 type Store interface {
-	// CreateKey adds a row with Revision 1. ErrExists.
+	// CreateKey adds a row with Revision 1. ErrExists, for the KeyID or the
+	// KeyVersionID.
 	CreateKey(ctx context.Context, key Key) error
 	// Key returns a row. ErrNotFound.
 	Key(ctx context.Context, keyID string) (Key, error)
 	// KeyByVersion returns the row with that KeyVersionID. ErrNotFound.
 	KeyByVersion(ctx context.Context, versionID string) (Key, error)
 	// UpdateKey replaces the row if the stored Revision is key.Revision-1.
-	// ErrConflict if it is not, ErrNotFound if there is no row.
+	// ErrConflict if it is not, ErrNotFound if there is no row, ErrExists if
+	// the KeyVersionID is another key's.
 	UpdateKey(ctx context.Context, key Key) error
 	// DeleteKey removes the row, its usage and its import tokens if the
 	// stored Revision is revision. ErrConflict, ErrNotFound.
@@ -151,12 +154,14 @@ type Store interface {
 	// a DeleteAt, at or before now, the earliest first.
 	DueKeys(ctx context.Context, now time.Time, limit int) ([]Key, error)
 
-	// AddPair adds a ready pair. ErrExists.
+	// AddPair adds a ready pair, whatever its BoundAt and ExpiresAt say.
+	// ErrExists.
 	AddPair(ctx context.Context, pair Pair) error
 	// BindPair takes the oldest ready pair, or shares one, as BindRequest
 	// says, and adds the import token, in one transaction. ErrNoPair when
 	// there is neither; the error says whether the bound was the reason by
-	// wrapping ErrBound as well.
+	// wrapping ErrBound as well. ErrNotFound if there is no such CMK,
+	// ErrExists if there is a token of that ID.
 	BindPair(ctx context.Context, req BindRequest) (ImportToken, error)
 	// LoadImport returns a CMK's row and an import token's in one read, as of
 	// one moment. The token need not be of that CMK: the caller compares.
@@ -171,7 +176,8 @@ type Store interface {
 	// PairCounts counts pairs as of now.
 	PairCounts(ctx context.Context, now time.Time) ([]PairCount, error)
 	// RetirePair makes a ready pair one that BindPair never takes and that
-	// is due at once. A pair that is bound stays as it is: ErrConflict.
+	// is due at once. One that is retired already, or bound, stays as it is;
+	// for the latter the answer is ErrConflict. ErrNotFound.
 	RetirePair(ctx context.Context, id [16]byte, now time.Time) error
 	// DeletePair removes a pair and every import token bound to it. It is no
 	// error if it is gone already.
@@ -187,15 +193,17 @@ type Store interface {
 	PutUsages(ctx context.Context, usages []Usage) error
 
 	// AddNonce remembers a nonce until it expires and reports whether it was
-	// new. An expired one counts as new.
+	// new. An expired one counts as new. Fractions of a second round up: it
+	// never expires early.
 	AddNonce(ctx context.Context, nonce Nonce, now time.Time) (fresh bool, err error)
-	// DeleteNonces forgets those that have expired at now.
+	// DeleteNonces frees what is kept of nonces that have expired at now.
 	DeleteNonces(ctx context.Context, now time.Time) error
 
 	// Instance returns a random identifier, made when the database was:
 	// 16 hexadecimal digits.
 	Instance(ctx context.Context) (string, error)
-	// Close releases everything. Calls under way fail or finish.
+	// Close releases everything. Calls under way fail or finish, later ones
+	// fail with ErrUnavailable.
 	Close() error
 }
 

@@ -2,13 +2,18 @@ package sqlite_test
 
 import (
 	"bytes"
+	"context"
 	"crypto/rand"
+	"database/sql"
 	"os"
 	"path/filepath"
 	"testing"
 	"time"
 
 	"github.com/stretchr/testify/require"
+
+	"github.com/keyferry/keyferry/engine/store"
+	"github.com/keyferry/keyferry/engine/store/sqlite"
 )
 
 // inFiles counts the secrets of which either half occurs in the database file
@@ -32,40 +37,86 @@ func inFiles(t *testing.T, path string, secrets [][]byte) int {
 }
 
 // TestErased looks for the bytes of deleted material in the files of a
-// database that is open: the database and its write-ahead log.
+// database that is open: the database itself and its write-ahead log.
 func TestErased(t *testing.T) {
-	path := newPath(t)
-	s := open(t, path)
-	const keys = 200
-	secrets := make([][]byte, keys)
-	for i := range keys {
-		secrets[i] = make([]byte, 96)
-		_, _ = rand.Read(secrets[i])
-		key := benchKey(i)
-		key.State, key.Material = "PendingImport", nil
-		require.NoError(t, s.CreateKey(t.Context(), key))
-		key.Revision, key.State, key.Material = 2, "Enabled", secrets[i]
-		require.NoError(t, s.UpdateKey(t.Context(), key))
-	}
-	require.Equal(t, keys, inFiles(t, path, secrets), "the test can see them")
-
-	for i := range keys {
-		key := benchKey(i)
-		switch i % 4 {
-		case 0: // deleted with its key
-			require.NoError(t, s.DeleteKey(t.Context(), key.KeyID, 2))
-		case 1: // deleted alone
+	t.Parallel()
+	for _, tt := range []struct {
+		name  string
+		erase func(t *testing.T, s *sqlite.Store, key store.Key) error
+	}{
+		{"with its key", func(t *testing.T, s *sqlite.Store, key store.Key) error {
+			t.Helper()
+			return s.DeleteKey(t.Context(), key.KeyID, key.Revision)
+		}},
+		{"alone", func(t *testing.T, s *sqlite.Store, key store.Key) error {
+			t.Helper()
 			key.Revision, key.State, key.Material = 3, "PendingImport", nil
-			require.NoError(t, s.UpdateKey(t.Context(), key))
-		case 2: // expired
-			key.Revision, key.State, key.Material, key.ExpireAt = 3, "PendingImport", nil, time.Unix(1, 0)
-			require.NoError(t, s.UpdateKey(t.Context(), key))
-		case 3: // replaced
-			key.Revision = 3
-			require.NoError(t, s.UpdateKey(t.Context(), key))
-		}
+			return s.UpdateKey(t.Context(), key)
+		}},
+		{"without a change of state", func(t *testing.T, s *sqlite.Store, key store.Key) error {
+			t.Helper()
+			key.Revision, key.Material = 3, nil
+			return s.UpdateKey(t.Context(), key)
+		}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel() // most of it is waiting
+			path := newPath(t)
+			s := open(t, path)
+			const keys = 60
+			secrets := make([][]byte, keys)
+			imported := make([]store.Key, keys)
+			for i := range keys {
+				secrets[i] = make([]byte, 96)
+				_, _ = rand.Read(secrets[i])
+				key := benchKey(i)
+				key.State, key.Material = "PendingImport", nil
+				require.NoError(t, s.CreateKey(t.Context(), key))
+				key.Revision, key.State, key.Material = 2, "Enabled", secrets[i]
+				require.NoError(t, s.UpdateKey(t.Context(), key))
+				imported[i] = key
+			}
+			require.Equal(t, keys, inFiles(t, path, secrets), "the test can see them")
+			for _, key := range imported {
+				require.NoError(t, tt.erase(t, s, key))
+			}
+			require.Eventually(t, func() bool { return inFiles(t, path, secrets) == 0 }, 10*time.Second, 50*time.Millisecond)
+			require.NoError(t, s.Close())
+			require.Zero(t, inFiles(t, path, secrets))
+		})
 	}
-	require.Eventually(t, func() bool { return inFiles(t, path, secrets) == 0 }, 10*time.Second, 50*time.Millisecond)
+}
+
+// TestErasedLater has a read hold the log in use when it should be emptied.
+func TestErasedLater(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s, err := sqlite.Open(t.Context(), sqlite.Config{Path: path, BusyTimeout: time.Hour})
+	require.NoError(t, err)
+	key := benchKey(1)
+	key.Material = make([]byte, 96)
+	_, _ = rand.Read(key.Material)
+	require.NoError(t, s.CreateKey(t.Context(), key))
+
+	db, err := sql.Open("sqlite", path)
+	require.NoError(t, err)
+	reader, err := db.Conn(t.Context())
+	require.NoError(t, err)
+	_, err = reader.ExecContext(t.Context(), `BEGIN; SELECT * FROM cmk`)
+	require.NoError(t, err)
+	require.NoError(t, s.DeleteKey(t.Context(), key.KeyID, 1))
+	// Writes do not wait for the reader, before or after the log should be empty.
+	patience, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
+	for began := time.Now(); time.Since(began) < 1200*time.Millisecond; {
+		_, err := s.NextBoot(patience)
+		require.NoError(t, err)
+	}
+	require.Equal(t, 1, inFiles(t, path, [][]byte{key.Material}))
+	_, err = reader.ExecContext(t.Context(), `ROLLBACK`)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return inFiles(t, path, [][]byte{key.Material}) == 0 }, 10*time.Second, 50*time.Millisecond)
+	require.NoError(t, reader.Close())
+	require.NoError(t, db.Close())
 	require.NoError(t, s.Close())
-	require.Zero(t, inFiles(t, path, secrets))
 }

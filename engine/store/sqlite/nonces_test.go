@@ -73,6 +73,19 @@ func TestNoncesSwept(t *testing.T) {
 	require.EqualValues(t, n-10, batches(t, s))
 	require.NoError(t, s.DeleteNonces(t.Context(), time.Unix(900+n+generation, 0)))
 	require.Zero(t, batches(t, s))
+
+	for _, err := range gather(t, s, 2, func(i int, _ *conn) error {
+		for _, expires := range []int64{2000, 1000} { // the last is not the last to expire
+			s.nonces.add(nonceDigest(strconv.Itoa(i), strconv.Itoa(int(expires))), expires, 0)
+		}
+		return nil
+	}) {
+		require.NoError(t, err)
+	}
+	require.NoError(t, s.DeleteNonces(t.Context(), time.Unix(1999, 0)))
+	require.EqualValues(t, 1, batches(t, s))
+	require.NoError(t, s.DeleteNonces(t.Context(), time.Unix(2000+generation, 0)))
+
 	require.NoError(t, s.write(t.Context(), func(*conn) error {
 		require.Empty(t, s.nonces.generations)
 		return nil

@@ -130,6 +130,12 @@ func testBindPairShares(t *testing.T, s store.Store) {
 	later.TokenID, later.Bound = id16(3000), 0
 	require.Equal(t, id16(3), bind(t, s, later).Pair.ID)
 	require.NotEqual(t, first.Pair.ID, second.Pair.ID)
+
+	// With nothing but expired pairs there is nothing to share.
+	end := request(99, key)
+	end.ShareSince, end.Bound = at(0), 0
+	_, err = s.BindPair(ctx, end)
+	require.ErrorIs(t, err, store.ErrBound)
 }
 
 func testBindPairRefuses(t *testing.T, s store.Store) {

@@ -32,6 +32,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"DeleteKey", testDeleteKey},
 		{"ListKeys", testListKeys},
 		{"ListKeysFollowsChanges", testListKeysFollowsChanges},
+		{"ListOneMoment", testListOneMoment},
 		{"DueKeys", testDueKeys},
 		{"Pairs", testPairs},
 		{"RetirePair", testRetirePair},
