@@ -163,16 +163,16 @@ func login(s *p11.Session, user p11.User, pin func() ([]byte, error)) error {
 	}
 	err = s.Login(user, secret)
 	clear(secret)
-	var rv p11.RV
-	switch {
+	switch w := worst(err); {
 	case err == nil, errors.Is(err, p11.UserAlreadyLoggedIn):
 		return nil
-	case errors.As(err, &rv) && rv.Fault() == p11.PINFault:
-		return fmt.Errorf("%w: %w", ErrPIN, rv)
 	case errors.Is(err, p11.AnotherAlreadyLoggedIn):
 		return fmt.Errorf("%w: the other user is logged in to this token in this process", ErrUnavailable)
+	case w == p11.SessionFault, w == p11.TokenFault:
+		return fmt.Errorf("%w: cannot log in: %w", ErrUnavailable, err)
 	}
-	return fmt.Errorf("%w: cannot log in: %w", ErrUnavailable, err)
+	// Whatever else a token answers, it may have counted the try.
+	return fmt.Errorf("%w: %w", ErrPIN, err)
 }
 
 // shutdown ends the connection: nobody gets a session any more, calls under
@@ -315,14 +315,43 @@ func (c *connection) acquire(ctx context.Context) (*p11.Session, error) {
 // errConnectionLost: another connection is to be asked for.
 var errConnectionLost = fmt.Errorf("%w: connection lost", ErrUnavailable)
 
-// release gives a session back, or a place for a new one when err says that
-// the session is dead or in a state nobody knows.
-func (c *connection) release(s *p11.Session, err error) {
-	if c.dead() || worst(err) >= p11.SessionFault {
-		_ = s.Close()
-		s = nil
+// session is a session of the pool while it is lent.
+type session struct {
+	*p11.Session
+	spoilt bool // may hold an object that nobody knows: closed instead of kept
+}
+
+// with lends a session of the pool to f. A session that died, or is in a state
+// nobody knows, is closed; where it died of the token's loss the connection is
+// given up. All of that happens while the session's place is held, so that
+// nobody finalises the module meanwhile.
+func (c *connection) with(ctx context.Context, f func(s *session) error) (err error) {
+	lent, err := c.acquire(ctx)
+	if err != nil {
+		if worst(err) > p11.NoFault {
+			c.t.lost(c, err)
+		}
+		return err
 	}
-	c.places <- s
+	s := &session{Session: lent}
+	returned := false
+	defer func() {
+		if s.spoilt || !returned || c.dead() { // not returned: f panicked
+			_ = lent.Close()
+			lent = nil
+		}
+		c.places <- lent
+	}()
+	err = f(s)
+	returned = true
+	switch w := worst(err); {
+	case w >= p11.TokenFault:
+		c.t.lost(c, err)
+	case w == p11.SessionFault:
+		s.spoilt = true
+		c.examine(err)
+	}
+	return err
 }
 
 // worst classifies an error of a PKCS#11 call.
@@ -349,7 +378,7 @@ const attempts = 3
 // do runs f with a session. f is run again with another session, or on the
 // token's next connection, when its error says that the session or the token
 // went away: f must leave nothing behind but session objects.
-func (t *Token) do(ctx context.Context, op string, f func(c *connection, s *p11.Session) error) error {
+func (t *Token) do(ctx context.Context, op string, f func(c *connection, s *session) error) error {
 	var err error
 	for range attempts {
 		if ctx.Err() != nil {
@@ -359,20 +388,9 @@ func (t *Token) do(ctx context.Context, op string, f func(c *connection, s *p11.
 		if c, err = t.connection(ctx); err != nil {
 			return err
 		}
-		var s *p11.Session
-		if s, err = c.acquire(ctx); err == nil {
-			err = f(c, s)
-			c.release(s, err)
-		}
-		switch {
-		case errors.Is(err, errConnectionLost):
-			continue
-		case worst(err) == p11.TokenFault || worst(err) == p11.PINFault:
-			t.lost(c, err)
-		case worst(err) == p11.SessionFault:
-			c.examine(err)
-		default:
-			return fault(op, err)
+		err = c.with(ctx, func(s *session) error { return f(c, s) })
+		if worst(err) < p11.SessionFault && !errors.Is(err, errConnectionLost) {
+			break
 		}
 	}
 	return fault(op, err)

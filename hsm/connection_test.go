@@ -101,7 +101,7 @@ func TestTokenStaysAway(t *testing.T) {
 	require.Eventually(t, func() bool {
 		_, err := b.token.MAC(context.Background(), "test")
 		return err == nil
-	}, 10*time.Second, time.Millisecond)
+	}, waitFor, tick)
 	b.works(t)
 }
 
@@ -338,7 +338,7 @@ func TestManyCallersWhileSessionsDie(t *testing.T) {
 	for i := range 30 {
 		tap.Inject(faults[i%len(faults)])
 		enough := done.Load() + 20
-		require.Eventually(t, func() bool { return done.Load() >= enough }, 30*time.Second, time.Millisecond)
+		require.Eventually(t, func() bool { return done.Load() >= enough }, waitFor, tick)
 	}
 	require.Equal(t, 30, tap.Heal())
 	close(stop)

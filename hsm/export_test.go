@@ -29,7 +29,7 @@ func foreign(attrs []p11.Attr) []*pkcs11.Attribute {
 // CopyVaultForTest copies the vault key with an empty template, which
 // miekg/pkcs11 cannot pass: the one copy that the token lets a user make.
 func CopyVaultForTest(ctx context.Context, t *Token) error {
-	return t.do(ctx, "copy the vault", func(c *connection, s *p11.Session) error {
+	return t.do(ctx, "copy the vault", func(c *connection, s *session) error {
 		_, err := s.CopyObject(c.vaults[AES256].handle, p11.NewTemplate())
 		return err
 	})

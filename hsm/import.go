@@ -11,6 +11,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
@@ -43,9 +44,12 @@ func (t *Token) Import(ctx context.Context, req ImportRequest) (Imported, error)
 	if req.Spec.Len() == 0 {
 		return Imported{}, fmt.Errorf("%w: material spec %q", ErrUnsupported, req.Spec)
 	}
+	if len(req.Context) > math.MaxUint16 {
+		return Imported{}, fmt.Errorf("%w: a context of %d bytes", ErrUnsupported, len(req.Context))
+	}
 	var out Imported
-	err := t.do(ctx, "import key material", func(c *connection, s *p11.Session) error {
-		p, err := c.pair(ctx, s, req.Pair)
+	err := t.do(ctx, "import key material", func(c *connection, s *session) error {
+		p, err := c.pair(ctx, s.Session, req.Pair)
 		if err != nil {
 			return err
 		}
@@ -60,7 +64,7 @@ func (t *Token) Import(ctx context.Context, req ImportRequest) (Imported, error)
 
 // admit runs one import. Its errors are those of do, and errRefused turned
 // into ErrInvalidMaterial once the token has proved itself healthy.
-func (c *connection) admit(s *p11.Session, p *pair, req ImportRequest) (Imported, error) {
+func (c *connection) admit(s *session, p *pair, req ImportRequest) (Imported, error) {
 	out, err := c.unwrapMeasureSeal(s, p, req)
 	switch {
 	case err == nil:
@@ -68,7 +72,7 @@ func (c *connection) admit(s *p11.Session, p *pair, req ImportRequest) (Imported
 	case worst(err) == p11.HandleFault:
 		// Another node may have destroyed the pair.
 		c.pairs.Delete(p.ID)
-		if _, err := c.searchPair(s, p.ID); err != nil {
+		if _, err := c.searchPair(s.Session, p.ID); err != nil {
 			return Imported{}, err
 		}
 		return Imported{}, fmt.Errorf("%w: %w", p11.SessionClosed, err)
@@ -76,7 +80,7 @@ func (c *connection) admit(s *p11.Session, p *pair, req ImportRequest) (Imported
 		return Imported{}, err
 	}
 	// The blob is at fault, or the token is: let the token show that it can.
-	if sick := c.knownAnswer(s, p); sick != nil {
+	if sick := c.knownAnswer(s.Session, p); sick != nil {
 		if worst(sick) > p11.NoFault {
 			return Imported{}, sick
 		}
@@ -91,13 +95,15 @@ const blobRoom = 64
 // errLength: the material does not have the length of its spec.
 var errLength = errors.New("hsm: material has another length")
 
-func (c *connection) unwrapMeasureSeal(s *p11.Session, p *pair, req ImportRequest) (_ Imported, err error) {
+func (c *connection) unwrapMeasureSeal(s *session, p *pair, req ImportRequest) (_ Imported, err error) {
 	params, wrapped, err := p.unwrapParams(req.Wrapped)
 	if err != nil {
 		return Imported{}, err
 	}
 	key, err := s.Unwrap(params, p.handle, wrapped, c.measured)
 	if err != nil {
+		// Reasons that are none may hide that it took effect.
+		s.spoilt = errors.Is(err, p11.GeneralError) || errors.Is(err, p11.FunctionFailed)
 		return Imported{}, err
 	}
 	defer func() {
@@ -106,17 +112,17 @@ func (c *connection) unwrapMeasureSeal(s *p11.Session, p *pair, req ImportReques
 			err = fmt.Errorf("%w: %w", p11.SessionClosed, gone)
 		}
 	}()
-	if c.caps.readsBack {
-		if err := readBack(s, key, c.measured.Attrs()); err != nil {
-			return Imported{}, err
-		}
+	if err := readBack(s.Session, key, c.measured.Attrs()); err != nil {
+		return Imported{}, err
 	}
 	var out Imported
-	if out.Identity.KCV, err = measureKCV(s, p11.AESECB, key); err != nil {
+	if out.Identity.KCV, err = measureKCV(s.Session, p11.AESECB, key); err != nil {
 		return Imported{}, err
 	}
-	if out.Identity.MaterialID, err = measureID(s, key, req.Context); err != nil {
-		return Imported{}, err
+	// From here on it is an AES key of some length: no customer's fault is left
+	// but another length than the spec's.
+	if out.Identity.MaterialID, err = measureID(s.Session, key, req.Context); err != nil {
+		return Imported{}, c.own("AES-CMAC", err)
 	}
 	// SM4 material waits in the AES vault while the token has no SM4.
 	v := c.vaults[req.Spec]
@@ -125,7 +131,7 @@ func (c *connection) unwrapMeasureSeal(s *p11.Session, p *pair, req ImportReques
 	}
 	blob, err := s.Wrap(p11.Plain(p11.AESKeyWrap), v.handle, key, make([]byte, blobRoom))
 	if err != nil {
-		return Imported{}, c.blame(err)
+		return Imported{}, c.own("sealing", err)
 	}
 	// RFC 3394 adds 8 bytes. Lengths that are no AES key's never got here:
 	// CKM_AES_ECB does not initialise with them.
@@ -136,9 +142,19 @@ func (c *connection) unwrapMeasureSeal(s *p11.Session, p *pair, req ImportReques
 	out.CheckValue = CheckValue{Algorithm: CheckValueAES, Value: out.Identity.KCV}
 	if req.Spec == SM4 && v == c.vaults[SM4] {
 		out.CheckValue.Algorithm = CheckValueSM4
-		out.CheckValue.Value, err = v.checkValue(s, blob)
+		if out.CheckValue.Value, err = v.checkValue(s.Session, blob); err != nil {
+			return Imported{}, c.own("opening what was sealed", err)
+		}
 	}
-	return out, err
+	return out, nil
+}
+
+// own is for errors that no customer's input causes.
+func (c *connection) own(what string, err error) error {
+	if worst(err) == p11.NoFault {
+		return fmt.Errorf("%w: %s: %w", ErrUnavailable, what, err)
+	}
+	return c.blame(err)
 }
 
 // checkValue opens a blob for the check value by its own cipher.

@@ -25,7 +25,7 @@ const Overhead = gcmIVLen + gcmTagLen
 type Key struct {
 	c      *connection
 	handle p11.Handle
-	gcm    p11.Mechanism // AES-GCM or SM4-GCM
+	cipher cipherNumbers // of AES or SM4
 
 	mu     sync.RWMutex // held for reading while the handle is in use
 	closed bool
@@ -56,7 +56,7 @@ func (t *Token) OpenMaterial(ctx context.Context, m Material) (*Key, error) {
 		v := c.vaults[m.Spec]
 		var h p11.Handle
 		if h, err = c.open(ctx, v, m.Ref); err == nil {
-			return &Key{c: c, handle: h, gcm: v.kind.cipher.gcm}, nil
+			return &Key{c: c, handle: h, cipher: v.kind.cipher}, nil
 		}
 		if !errors.Is(err, errConnectionLost) {
 			break
@@ -112,8 +112,8 @@ func (k *Key) Encrypt(ctx context.Context, dst, plaintext, aad []byte) ([]byte, 
 	if _, err := rand.Read(iv); err != nil {
 		return nil, err
 	}
-	err := k.use(ctx, "encrypt", func(s *p11.Session) error {
-		written, err := s.Encrypt(p11.GCM(k.gcm, iv, aad), k.handle, plaintext, buf)
+	err := k.use(ctx, "encrypt", func(s *session) error {
+		written, err := s.Encrypt(p11.GCM(k.cipher.gcm, iv, aad), k.handle, plaintext, buf)
 		if err == nil && len(written) != len(buf) {
 			return fmt.Errorf("hsm: the token's GCM wrote %d bytes, not %d", len(written), len(buf))
 		}
@@ -135,8 +135,8 @@ func (k *Key) Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte,
 	n := len(dst)
 	// Some tokens want room for the tag, too.
 	out := slices.Grow(dst, len(body))[:n+len(body)]
-	err := k.use(ctx, "decrypt", func(s *p11.Session) error {
-		written, err := s.Decrypt(p11.GCM(k.gcm, iv, aad), k.handle, body, out[n:])
+	err := k.use(ctx, "decrypt", func(s *session) error {
+		written, err := s.Decrypt(p11.GCM(k.cipher.gcm, iv, aad), k.handle, body, out[n:])
 		if err == nil {
 			if len(written) != len(body)-gcmTagLen {
 				return fmt.Errorf("hsm: the token's GCM wrote %d bytes, not %d", len(written), len(body)-gcmTagLen)
@@ -147,9 +147,11 @@ func (k *Key) Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte,
 		if worst(err) != p11.NoFault {
 			return err
 		}
-		// The ciphertext is at fault, or the token is: it encrypts something.
-		var room [gcmIVLen + gcmTagLen + 1]byte
-		if _, sick := s.Encrypt(p11.GCM(k.gcm, iv, nil), k.handle, nil, room[:]); sick != nil {
+		// The ciphertext is at fault, or the token is: it encrypts a block
+		// that GCM never encrypts, for its last bytes exceed every counter.
+		var room [16]byte
+		defer clear(room[:])
+		if _, sick := s.Encrypt(p11.Plain(k.cipher.ecb), k.handle, publicConstant[:16], room[:]); sick != nil {
 			return fmt.Errorf("%w: %w", p11.DeviceError, sick)
 		}
 		return ErrAuthentication
@@ -162,7 +164,7 @@ func (k *Key) Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte,
 }
 
 // use runs f with a session of the key's connection while the key is open.
-func (k *Key) use(ctx context.Context, op string, f func(s *p11.Session) error) error {
+func (k *Key) use(ctx context.Context, op string, f func(s *session) error) error {
 	k.mu.RLock()
 	defer k.mu.RUnlock()
 	if k.closed {
@@ -170,25 +172,13 @@ func (k *Key) use(ctx context.Context, op string, f func(s *p11.Session) error) 
 	}
 	var err error
 	for range attempts {
-		var s *p11.Session
-		if s, err = k.c.acquire(ctx); err != nil {
-			if errors.Is(err, errConnectionLost) {
-				return ErrKeyLost
-			}
-			return fault(op, err)
-		}
-		err = f(s)
-		k.c.release(s, err)
-		switch worst(err) {
-		case p11.NoFault:
-			return fault(op, err)
-		case p11.HandleFault:
+		err = k.c.with(ctx, f)
+		switch w := worst(err); {
+		case w == p11.SessionFault: // and the key may be alive
+		case w >= p11.HandleFault, errors.Is(err, errConnectionLost):
 			return fmt.Errorf("%w: %w", ErrKeyLost, err)
-		case p11.SessionFault:
-			k.c.examine(err)
 		default:
-			k.c.t.lost(k.c, err)
-			return fmt.Errorf("%w: %w", ErrKeyLost, err)
+			return fault(op, err)
 		}
 	}
 	return fault(op, err)
@@ -203,16 +193,8 @@ func (k *Key) Close() error {
 		return nil
 	}
 	k.closed = true
-	s, err := k.c.acquire(context.Background())
-	if errors.Is(err, errConnectionLost) {
-		return nil // the object died with the connection
-	}
-	if err != nil {
-		return fault("close a key", err)
-	}
-	err = s.DestroyObject(k.handle)
-	k.c.release(s, err)
-	if worst(err) >= p11.HandleFault {
+	err := k.c.with(context.Background(), func(s *session) error { return s.DestroyObject(k.handle) })
+	if worst(err) >= p11.HandleFault || errors.Is(err, errConnectionLost) {
 		return nil // gone, or going with its connection
 	}
 	return fault("close a key", err)

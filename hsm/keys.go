@@ -89,15 +89,19 @@ func findVaults(s *p11.Session, proven sm) (map[MaterialSpec][]*vault, error) {
 			return nil, err
 		}
 		label := string(values[p11.Label])
-		i := slices.IndexFunc([]MaterialSpec{AES256, SM4}, func(spec MaterialSpec) bool { return kinds[spec].label == label })
+		var spec MaterialSpec
+		for of, kind := range kinds {
+			if kind.label == label {
+				spec = of
+			}
+		}
 		switch {
-		case i >= 0:
+		case spec != "":
 		case label == labelVaultSM4:
 			return nil, fmt.Errorf("the token has an SM4 vault and cannot use it: %w", proven.sm4)
 		default:
 			return nil, fmt.Errorf("%w: object %q has CKA_TRUSTED and is no vault key of ours; the token must be dedicated", ErrUntrusted, label)
 		}
-		spec := []MaterialSpec{AES256, SM4}[i]
 		v, err := verifyVault(s, h, kinds[spec])
 		if err != nil {
 			return nil, fmt.Errorf("object %q has CKA_TRUSTED and is no vault key of ours; the token must be dedicated: %w", label, err)

@@ -18,7 +18,7 @@ const macLen = 32
 func (t *Token) MAC(ctx context.Context, domain string, parts ...[]byte) ([macLen]byte, error) {
 	var sum [macLen]byte
 	input := macInput(domain, parts...)
-	err := t.do(ctx, "compute a MAC", func(c *connection, s *p11.Session) error {
+	err := t.do(ctx, "compute a MAC", func(c *connection, s *session) error {
 		buf := make([]byte, macLen)
 		out, err := s.Sign(p11.Plain(p11.SHA256HMAC), c.mac, input, buf)
 		if err != nil {
@@ -73,7 +73,7 @@ func (c *connection) blame(err error) error {
 // Random returns n bytes of the token's generator.
 func (t *Token) Random(ctx context.Context, n int) ([]byte, error) {
 	buf := make([]byte, n)
-	err := t.do(ctx, "generate random bytes", func(_ *connection, s *p11.Session) error { return s.Random(buf) })
+	err := t.do(ctx, "generate random bytes", func(_ *connection, s *session) error { return s.Random(buf) })
 	if err != nil {
 		return nil, err
 	}

@@ -8,6 +8,7 @@ import (
 	"crypto/sha1" //nolint:gosec // RSAES_OAEP_SHA_1 is what every token has
 	"crypto/sha256"
 	"testing"
+	"time"
 
 	"github.com/emmansun/gmsm/sm2"
 	"github.com/emmansun/gmsm/smx509"
@@ -19,6 +20,12 @@ import (
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+
+// How long and how often a test looks for what must come.
+const (
+	waitFor = 30 * time.Second
+	tick    = time.Millisecond
+)
 
 // instance marks the pairs of these tests.
 const instance = "0123456789abcdef"

@@ -80,27 +80,28 @@ func (t *Token) GeneratePair(ctx context.Context, instance string, spec PairSpec
 	if err := t.Offers(spec, alg); err != nil {
 		return PairInfo{}, err
 	}
-	var id PairID
-	if _, err := rand.Read(id[:]); err != nil {
-		return PairInfo{}, err
-	}
-	label := pairLabel{instance, alg, time.Now().UTC()}
 	var info PairInfo
-	err := t.do(ctx, "generate a wrapping pair", func(c *connection, s *p11.Session) error {
+	err := t.do(ctx, "generate a wrapping pair", func(c *connection, s *session) error {
+		// Another identifier at each attempt: the last may have taken effect.
+		var id PairID
+		if _, err := rand.Read(id[:]); err != nil {
+			return err
+		}
+		label := pairLabel{instance, alg, time.Now().UTC()}
 		generate := c.generateRSA
 		if alg == SM2PKE {
 			generate = c.generateSM2
 		}
-		priv, err := generate(s, id, label, spec)
+		priv, err := generate(s.Session, id, label, spec)
 		if err != nil {
 			return err
 		}
-		p, err := c.verifyPair(s, priv, id)
+		p, err := c.verifyPair(s.Session, priv, id)
 		if err == nil {
-			err = c.knownAnswer(s, p)
+			err = c.knownAnswer(s.Session, p)
 		}
 		if err != nil {
-			return errors.Join(err, s.DestroyObject(priv))
+			return errors.Join(err, destroyPair(s.Session, id))
 		}
 		c.pairs.Store(id, p)
 		info = p.PairInfo
@@ -176,8 +177,8 @@ func rsaParams(alg Algorithm) p11.Params {
 // Errors: ErrPairNotFound, ErrUntrusted, ErrUnavailable.
 func (t *Token) Pair(ctx context.Context, id PairID) (PairInfo, error) {
 	var info PairInfo
-	err := t.do(ctx, "find a wrapping pair", func(c *connection, s *p11.Session) error {
-		p, err := c.pair(ctx, s, id)
+	err := t.do(ctx, "find a wrapping pair", func(c *connection, s *session) error {
+		p, err := c.pair(ctx, s.Session, id)
 		if err == nil {
 			info = p.PairInfo
 		}
@@ -250,6 +251,7 @@ func pairTemplate(class uint64, id PairID) *p11.Template {
 	return p11.NewTemplate(
 		p11.ULong(p11.Class, class),
 		p11.Bool(p11.OnToken, true),
+		p11.Bool(p11.Private, true),
 		p11.Bytes(p11.ID, id[:]),
 	)
 }
@@ -297,11 +299,12 @@ func (c *connection) verifyPair(s *p11.Session, h p11.Handle, id PairID) (*pair,
 // whoever destroys those that nobody knows.
 func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error) {
 	var out []TokenPair
-	err := t.do(ctx, "list the wrapping pairs", func(_ *connection, s *p11.Session) error {
+	err := t.do(ctx, "list the wrapping pairs", func(_ *connection, s *session) error {
 		out = nil
 		handles, err := s.FindObjects(p11.NewTemplate(
 			p11.ULong(p11.Class, p11.ClassPrivateKey),
 			p11.Bool(p11.OnToken, true),
+			p11.Bool(p11.Private, true), // anyone can make one that is not
 			p11.Bool(p11.Unwrap, true),
 		))
 		if err != nil {
@@ -328,20 +331,28 @@ func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error)
 // DestroyPair destroys a pair in the token; captured material that was wrapped
 // under it can never be opened again. It is no error if the pair is gone.
 func (t *Token) DestroyPair(ctx context.Context, id PairID) error {
-	return t.do(ctx, "destroy a wrapping pair", func(c *connection, s *p11.Session) error {
+	return t.do(ctx, "destroy a wrapping pair", func(c *connection, s *session) error {
 		c.pairs.Delete(id)
-		// The private half last: it is what Pairs lists.
-		for _, class := range []uint64{p11.ClassPublicKey, p11.ClassPrivateKey} {
-			handles, err := s.FindObjects(pairTemplate(class, id))
-			if err != nil {
+		return destroyPair(s.Session, id)
+	})
+}
+
+// destroyPair destroys every object of a pair, the private half first, and
+// goes on past those that it cannot: a thief may have put one in the way.
+func destroyPair(s *p11.Session, id PairID) error {
+	var errs []error
+	for _, class := range []uint64{p11.ClassPrivateKey, p11.ClassPublicKey} {
+		handles, err := s.FindObjects(pairTemplate(class, id))
+		if err != nil {
+			return err
+		}
+		for _, h := range handles {
+			if err := s.DestroyObject(h); worst(err) > p11.HandleFault {
 				return err
-			}
-			for _, h := range handles {
-				if err := s.DestroyObject(h); err != nil && worst(err) != p11.HandleFault {
-					return err
-				}
+			} else if worst(err) == p11.NoFault {
+				errs = append(errs, err)
 			}
 		}
-		return nil
-	})
+	}
+	return errors.Join(errs...)
 }

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
@@ -19,7 +20,6 @@ type capabilities struct {
 	wrapping          map[Algorithm]error // nil: proven; else why not
 	maxModulus        int                 // bits
 	implicitRejection bool
-	readsBack         bool // attributes of an unwrapped key can be read
 	sm                sm
 }
 
@@ -53,7 +53,7 @@ var (
 // probe proves everything that the token is used for, on session objects. An
 // error means that the token cannot be used at all.
 func (c *connection) probe(s *p11.Session) (*capabilities, error) {
-	caps := &capabilities{wrapping: map[Algorithm]error{}, readsBack: true, sm: c.sm}
+	caps := &capabilities{wrapping: map[Algorithm]error{}, sm: c.sm}
 	var err error
 	if _, caps.maxModulus, err = c.t.mod.KeySizes(c.slot, p11.RSAKeyPairGen); err != nil {
 		return nil, err
@@ -184,24 +184,25 @@ func (c *connection) probePins(s *p11.Session, priv p11.Handle, pub *rsa.PublicK
 		if err != nil {
 			return err
 		}
-		for _, pin := range []p11.Attr{p11.Bool(p11.Sensitive, false), p11.Bool(p11.WrapWithTrusted, false)} {
-			var attrs []p11.Attr
-			for _, a := range measured() {
-				if a.Type == pin.Type {
-					a = pin
-				}
-				attrs = append(attrs, a)
-			}
-			h, err := s.Unwrap(rsaParams(alg), priv, wrapped, p11.NewTemplate(attrs...))
-			if err == nil {
-				return errors.Join(fmt.Errorf("%w: CKA_UNWRAP_TEMPLATE does not bind %s, so the PIN alone would hold every key",
-					ErrUnsupported, attributeName(pin.Type)), s.DestroyObject(h))
-			}
-			if worst(err) > p11.NoFault {
-				return err
-			}
+		return bound(s, rsaParams(alg), priv, wrapped, measured())
+	}
+	return nil
+}
+
+// bound proves that a key unwraps by its template only.
+func bound(s *p11.Session, params p11.Params, key p11.Handle, wrapped []byte, tmpl []p11.Attr) error {
+	for _, pin := range []p11.Attr{p11.Bool(p11.Sensitive, false), p11.Bool(p11.WrapWithTrusted, false)} {
+		i := slices.IndexFunc(tmpl, func(a p11.Attr) bool { return a.Type == pin.Type })
+		weaker := slices.Clone(tmpl)
+		weaker[i] = pin
+		h, err := s.Unwrap(params, key, wrapped, p11.NewTemplate(weaker...))
+		if err == nil {
+			return errors.Join(fmt.Errorf("%w: CKA_UNWRAP_TEMPLATE does not bind %s, so the PIN alone would hold every key",
+				ErrUnsupported, attributeName(pin.Type)), s.DestroyObject(h))
 		}
-		return nil
+		if worst(err) > p11.NoFault {
+			return err
+		}
 	}
 	return nil
 }
@@ -215,6 +216,9 @@ func (c *connection) probeUse(s *p11.Session, blob []byte) error {
 	}
 	defer func() { _ = s.DestroyObject(key) }()
 	if err := readBack(s, key, v.opened.Attrs()); err != nil {
+		return err
+	}
+	if err := bound(s, p11.Plain(p11.AESKeyWrap), v.handle, blob, v.opened.Attrs()); err != nil {
 		return err
 	}
 	block, err := aes.NewCipher(kaKey)

@@ -168,7 +168,7 @@ func (c *connection) verifySM2Pair(s *p11.Session, h p11.Handle, id PairID, labe
 	if err := readBack(s, h, join(want, provenance())); err != nil {
 		return nil, err
 	}
-	publics, err := s.FindObjects(p11.NewTemplate(p11.ULong(p11.Class, p11.ClassPublicKey), p11.Bytes(p11.ID, id[:])))
+	publics, err := s.FindObjects(pairTemplate(p11.ClassPublicKey, id))
 	if err != nil {
 		return nil, err
 	}

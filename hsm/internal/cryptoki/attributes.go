@@ -112,7 +112,7 @@ func (s *Session) NestedEquals(o Handle, t Attribute, want []Attr) (bool, error)
 	}
 	for _, w := range want {
 		i := slices.IndexFunc(attrs, func(a C.ck_attribute) bool { return Attribute(a._type) == w.Type })
-		if i < 0 || !slices.Equal(buf[i*attrRoom:][:attrs[i].len], w.value) {
+		if i < 0 || uint64(attrs[i].len) > attrRoom || !slices.Equal(buf[i*attrRoom:][:attrs[i].len], w.value) {
 			return false, nil
 		}
 	}

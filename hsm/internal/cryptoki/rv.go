@@ -4,7 +4,7 @@ import "fmt"
 
 // RV is a PKCS#11 return value other than CKR_OK, as an error. It is a type of
 // its own so that it cannot be mixed up with attributes and mechanisms.
-type RV uint32
+type RV uint64
 
 // Return values that are told apart; PKCS#11 v2.40 section 5.1.
 const (
@@ -96,7 +96,7 @@ func (rv RV) Error() string {
 	if name, ok := rvNames[rv]; ok {
 		return "CKR_" + name
 	}
-	return fmt.Sprintf("CKR 0x%08X", uint32(rv))
+	return fmt.Sprintf("CKR 0x%08X", uint64(rv))
 }
 
 // err makes OK the nil error.

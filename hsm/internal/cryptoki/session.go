@@ -151,6 +151,10 @@ func (s *Session) FindObjects(t *Template) ([]Handle, error) {
 			err = rv
 			break
 		}
+		if uint64(n) > uint64(len(batch)) {
+			err = fmt.Errorf("cryptoki: module claims to have found %d objects of %d", uint64(n), len(batch))
+			break
+		}
 		for _, o := range batch[:n] {
 			out = append(out, Handle(o))
 		}
