@@ -36,7 +36,7 @@ func classify(err error) error {
 	}
 	switch code & 0xff {
 	case result.SQLITE_BUSY, result.SQLITE_LOCKED, result.SQLITE_FULL, result.SQLITE_IOERR,
-		result.SQLITE_READONLY, result.SQLITE_CANTOPEN, result.SQLITE_NOMEM:
+		result.SQLITE_READONLY, result.SQLITE_CANTOPEN, result.SQLITE_PROTOCOL, result.SQLITE_NOMEM:
 		return fmt.Errorf("%w: %v", store.ErrUnavailable, err)
 	}
 	return fmt.Errorf("sqlite: %w", err)

@@ -17,7 +17,8 @@ import (
 //go:embed migrations/*.sql
 var migrations embed.FS
 
-// applicationID marks a Keyferry database, see migrations/0001_keys.sql.
+// applicationID marks a file as Keyferry's ("KFRY"), so that no other
+// program's database is taken for one.
 const applicationID = 0x4b465259
 
 // migrate brings the database to the schema of this program. Schemas move
@@ -50,8 +51,10 @@ func migrate(ctx context.Context, connector driver.Connector, path string, log *
 	return nil
 }
 
-// recognise refuses a file that is no database, or another program's.
-func recognise(ctx context.Context, connector driver.Connector, path string) (err error) {
+// claim refuses a file that is no database, or another program's, and leaves
+// it as it is. It marks one that is empty, before there is any table: so a file
+// is known even if its first migration was cut short.
+func claim(ctx context.Context, connector driver.Connector, path string) (err error) {
 	db := sql.OpenDB(connector)
 	db.SetMaxOpenConns(1)
 	defer func() { err = errors.Join(err, db.Close()) }()
@@ -68,6 +71,11 @@ func recognise(ctx context.Context, connector driver.Connector, path string) (er
 		return fmt.Errorf("sqlite: cannot open database %s: %w", path, classify(err))
 	case tables > 0 && id != applicationID:
 		return fmt.Errorf("sqlite: database %s belongs to another program (application id %#x): choose another path", path, id)
+	case id == applicationID:
+		return nil
+	}
+	if _, err := db.ExecContext(ctx, fmt.Sprintf(`PRAGMA application_id = %d`, applicationID)); err != nil {
+		return fmt.Errorf("sqlite: cannot write to database %s: %w", path, classify(err))
 	}
 	return nil
 }

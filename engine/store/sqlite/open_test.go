@@ -198,6 +198,29 @@ func TestOpenCancelled(t *testing.T) {
 	require.NoError(t, open(t, path).Close())
 }
 
+// TestFirstOpenCutShort has the disk fill up at every page of the first
+// migration. Open says so, and with room a later one goes on from there.
+func TestFirstOpenCutShort(t *testing.T) {
+	failed := 0
+	for pages := int64(1); ; pages += 3 {
+		path := newPath(t)
+		s, err := sqlite.Open(t.Context(), sqlite.Config{Path: path, MaxSize: pages * 4096})
+		if err == nil {
+			require.NoError(t, s.Close())
+			break
+		}
+		failed++
+		require.ErrorIs(t, err, store.ErrUnavailable)
+		require.ErrorContains(t, err, "full")
+		require.ErrorContains(t, err, path)
+		s = open(t, path)
+		require.NoError(t, s.CreateKey(t.Context(), benchKey(1)))
+		require.NoError(t, s.Close())
+		requireSound(t, path)
+	}
+	require.Greater(t, failed, 3)
+}
+
 // TestPragmas reads back what durability and erasure rest on.
 func TestPragmas(t *testing.T) {
 	path := newPath(t)
@@ -206,5 +229,4 @@ func TestPragmas(t *testing.T) {
 	for pragma, want := range map[string]int64{"synchronous": 2, "foreign_keys": 1, "secure_delete": 1} {
 		require.Equal(t, want, s.Pragma(t, pragma), pragma)
 	}
-	var _ store.Store = s
 }

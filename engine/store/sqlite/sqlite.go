@@ -120,7 +120,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if err != nil {
 		return nil, fmt.Errorf("sqlite: %w", err)
 	}
-	if err := recognise(ctx, plain, path); err != nil {
+	if err := claim(ctx, plain, path); err != nil {
 		return nil, err
 	}
 	writing, err := sqlitedriver.NewConnector(dsn(path, cfg, "rw", "journal_mode(WAL)", "synchronous(FULL)",

@@ -284,7 +284,7 @@ func testCloseUnderLoad(t *testing.T, s store.Store) {
 	running := make(chan struct{}, len(methods))
 	closed := make(chan error)
 	go func() {
-		for range len(methods) {
+		for range methods {
 			<-running
 		}
 		closed <- s.Close()

@@ -3,10 +3,6 @@
 
 -- +goose Up
 
--- Marks the file as Keyferry's ("KFRY"), so that no other program's database
--- is taken for one.
-PRAGMA application_id = 1262899801;
-
 CREATE TABLE instance (
     one  INTEGER NOT NULL PRIMARY KEY CHECK (one = 1),
     name TEXT    NOT NULL,
