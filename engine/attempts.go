@@ -41,21 +41,20 @@ func (a *attempts) end(id [16]byte) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	r := a.running[id]
-	if r.ended != nil {
-		close(r.ended)
-		r.ended = nil
-	}
 	a.less(id, r)
+	r.wake()
 }
 
 // withdraw takes back an attempt for which there may be no budget left. The
 // channel is closed when another one ends; it is nil if none is under way. It
-// wakes nobody: whoever began later saw no more budget than this one did.
+// wakes the others that withdrew only if it was the last: as long as one is
+// left, whoever began after this one saw no more budget than this one did.
 func (a *attempts) withdraw(id [16]byte) <-chan struct{} {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	r := a.running[id]
 	if a.less(id, r); r.n == 0 {
+		r.wake()
 		return nil
 	}
 	if r.ended == nil {
@@ -67,5 +66,12 @@ func (a *attempts) withdraw(id [16]byte) <-chan struct{} {
 func (a *attempts) less(id [16]byte, r *running) {
 	if r.n--; r.n == 0 {
 		delete(a.running, id)
+	}
+}
+
+func (r *running) wake() {
+	if r.ended != nil {
+		close(r.ended)
+		r.ended = nil
 	}
 }

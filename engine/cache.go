@@ -45,9 +45,9 @@ type cache struct {
 	discard func(*openKey)
 
 	mu      sync.Mutex
-	keys    map[string]*list.Element // of *openKey, by KeyID and by KeyVersionID
+	keys    map[keyRef]*list.Element // of *openKey, by KeyID and by KeyVersionID
 	recent  *list.List               // the one used last in front
-	loading map[string]*load
+	loading map[keyRef]*load
 	closed  bool
 }
 
@@ -61,9 +61,9 @@ type load struct {
 func newCache(size int, open func(context.Context, keyRef) (*openKey, error), discard func(*openKey)) *cache {
 	return &cache{
 		size: size, load: open, discard: discard,
-		keys:    make(map[string]*list.Element),
+		keys:    make(map[keyRef]*list.Element),
 		recent:  list.New(),
-		loading: make(map[string]*load),
+		loading: make(map[keyRef]*load),
 	}
 }
 
@@ -72,7 +72,7 @@ func newCache(size int, open func(context.Context, keyRef) (*openKey, error), di
 func (c *cache) get(ctx context.Context, ref keyRef) (*openKey, error) {
 	for {
 		c.mu.Lock()
-		if k := c.hit(ref.id); k != nil {
+		if k := c.hit(ref); k != nil {
 			c.mu.Unlock()
 			return k, nil
 		}
@@ -80,7 +80,7 @@ func (c *cache) get(ctx context.Context, ref keyRef) (*openKey, error) {
 			c.mu.Unlock()
 			return nil, &Error{Kind: Unavailable, cause: errClosed}
 		}
-		if l := c.loading[ref.id]; l != nil {
+		if l := c.loading[ref]; l != nil {
 			c.mu.Unlock()
 			if err := l.wait(ctx); err != nil {
 				return nil, err
@@ -88,7 +88,7 @@ func (c *cache) get(ctx context.Context, ref keyRef) (*openKey, error) {
 			continue
 		}
 		l := &load{done: make(chan struct{})}
-		c.loading[ref.id] = l
+		c.loading[ref] = l
 		c.mu.Unlock()
 
 		k, err := c.fill(ctx, ref, l)
@@ -100,8 +100,8 @@ func (c *cache) get(ctx context.Context, ref keyRef) (*openKey, error) {
 
 // hit returns the cached key of that name, if there is one. The caller holds
 // cache.mu.
-func (c *cache) hit(id string) *openKey {
-	element := c.keys[id]
+func (c *cache) hit(ref keyRef) *openKey {
+	element := c.keys[ref]
 	if element == nil {
 		return nil
 	}
@@ -131,8 +131,8 @@ func (c *cache) fill(ctx context.Context, ref keyRef, l *load) (*openKey, error)
 	k, err := c.load(ctx, ref)
 	var closing []*openKey
 	c.mu.Lock()
-	if c.loading[ref.id] == l {
-		delete(c.loading, ref.id)
+	if c.loading[ref] == l {
+		delete(c.loading, ref)
 	}
 	switch {
 	case err != nil:
@@ -140,14 +140,16 @@ func (c *cache) fill(ctx context.Context, ref keyRef, l *load) (*openKey, error)
 	case l.stale || c.closed:
 		closing = append(closing, k)
 		k = nil
-	case c.keys[k.keyID] != nil:
+	case c.keys[keyRef{id: k.keyID}] != nil:
 		// Loaded by its other name at the same time.
 		closing = append(closing, k)
-		k = c.hit(ref.id)
+		k = c.hit(ref)
 	default:
 		k.users, k.cached = 1, true
 		element := c.recent.PushFront(k)
-		c.keys[k.keyID], c.keys[k.versionID] = element, element
+		for _, ref := range refsOf(k.keyID, k.versionID) {
+			c.keys[ref] = element
+		}
 		closing = c.evict()
 	}
 	close(l.done)
@@ -173,9 +175,10 @@ func (c *cache) evict() (closing []*openKey) {
 // takeOut removes a key from the cache and reports whether nobody uses it, so
 // that it is for the caller to close. The caller holds cache.mu.
 func (c *cache) takeOut(k *openKey) (unused bool) {
-	c.recent.Remove(c.keys[k.keyID])
-	delete(c.keys, k.keyID)
-	delete(c.keys, k.versionID)
+	c.recent.Remove(c.keys[keyRef{id: k.keyID}])
+	for _, ref := range refsOf(k.keyID, k.versionID) {
+		delete(c.keys, ref)
+	}
 	k.cached = false
 	return k.users == 0
 }
@@ -195,14 +198,14 @@ func (c *cache) release(k *openKey) {
 // under way have ended, and whoever starts to use the CMK reads it anew.
 func (c *cache) drop(keyID, versionID string) {
 	c.mu.Lock()
-	for _, id := range []string{keyID, versionID} {
-		if l := c.loading[id]; l != nil {
+	for _, ref := range refsOf(keyID, versionID) {
+		if l := c.loading[ref]; l != nil {
 			l.stale = true
-			delete(c.loading, id)
+			delete(c.loading, ref)
 		}
 	}
 	var k *openKey
-	if element := c.keys[keyID]; element != nil {
+	if element := c.keys[keyRef{id: keyID}]; element != nil {
 		k = element.Value.(*openKey)
 	}
 	c.mu.Unlock()

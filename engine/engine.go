@@ -45,7 +45,7 @@ type Config struct {
 
 	PoolSize  int            // ready wrapping pairs per spec and algorithm; 0: 8
 	PairBound int            // outstanding ones before they are shared; 0: 64
-	PairSpecs []hsm.PairSpec // offered if the token has them; nil: RSA_2048
+	PairSpecs []hsm.PairSpec // offered if the token has them; nil: RSA_2048, EC_SM2
 
 	CacheSize int // open keys; 0: 10,000
 
@@ -151,7 +151,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		e.now = time.Now
 	}
 	if e.specs == nil {
-		e.specs = []hsm.PairSpec{hsm.RSA2048}
+		e.specs = []hsm.PairSpec{hsm.RSA2048, hsm.ECSM2}
 	}
 	e.offers = offersOf(e.token, e.specs)
 	if err := e.reconcilePairs(ctx); err != nil {
@@ -226,16 +226,17 @@ func (e *Engine) spawn(work func()) bool {
 // detach does work that must come to its end once begun, such as a commit and
 // what has to follow it, and bounds only the waiting by the caller's context.
 // A commit given up half-way might otherwise take effect later, with nobody
-// there to close what it made stale.
+// there to close what it made stale. Errors are those of work, of ctx, and
+// errClosed.
 func (e *Engine) detach(ctx context.Context, work func(context.Context) error) error {
 	done := make(chan error, 1)
 	if !e.spawn(func() { done <- work(e.life) }) {
-		return &Error{Kind: Unavailable, cause: errClosed}
+		return errClosed
 	}
 	select {
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		return &Error{Kind: Unavailable, cause: ctx.Err()}
+		return ctx.Err()
 	}
 }

@@ -89,7 +89,7 @@ func tokenError(err error) error {
 
 // storeError says what a failure of the store means to a caller.
 func storeError(err error) error {
-	if errors.Is(err, store.ErrUnavailable) || interrupted(err) {
+	if errors.Is(err, store.ErrUnavailable) || errors.Is(err, errClosed) || interrupted(err) {
 		return &Error{Kind: Unavailable, cause: err}
 	}
 	return &Error{Kind: Internal, cause: err}

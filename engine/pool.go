@@ -132,6 +132,9 @@ func (e *Engine) addPair(ctx context.Context, offer WrappingOffer) error {
 	if err != nil {
 		return err
 	}
+	// The end of ctx is no reason to throw a pair away, or to leave it behind.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
+	defer cancel()
 	err = e.store.AddPair(ctx, store.Pair{
 		ID:          info.ID,
 		Spec:        string(info.Spec),
@@ -140,9 +143,6 @@ func (e *Engine) addPair(ctx context.Context, offer WrappingOffer) error {
 		CreatedAt:   e.second(),
 	})
 	if err != nil {
-		// The end of ctx is no reason to leave a pair behind.
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
-		defer cancel()
 		return errors.Join(err, e.destroyPair(ctx, info.ID))
 	}
 	e.pool.announce()

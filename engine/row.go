@@ -67,6 +67,11 @@ type keyRef struct {
 	version bool // id is a KeyVersionID
 }
 
+// refsOf are the two names of a CMK.
+func refsOf(keyID, versionID string) [2]keyRef {
+	return [2]keyRef{{id: keyID}, {id: versionID, version: true}}
+}
+
 // readRow returns a CMK's row, verified, and exactly as it is stored.
 func (e *Engine) readRow(ctx context.Context, ref keyRef) (store.Key, error) {
 	var row store.Key

@@ -40,10 +40,12 @@ const usageBatch = 256
 
 // usage counts the AES-GCM encryptions of every CMK in use.
 type usage struct {
-	token  *hsm.Token
-	store  store.Store
-	log    *slog.Logger
-	budget uint64
+	token *hsm.Token
+	store store.Store
+	log   *slog.Logger
+
+	budget    uint64 // gcmBudget
+	unwritten uint64 // maxUnwritten
 
 	booting chan struct{} // held while boot is drawn
 	boot    atomic.Uint64 // 0: none drawn yet
@@ -69,9 +71,10 @@ type counter struct {
 func newUsage(token *hsm.Token, st store.Store, log *slog.Logger) *usage {
 	return &usage{
 		token: token, store: st, log: log,
-		budget:   gcmBudget,
-		booting:  make(chan struct{}, 1),
-		counters: make(map[string]*counter),
+		budget:    gcmBudget,
+		unwritten: maxUnwritten,
+		booting:   make(chan struct{}, 1),
+		counters:  make(map[string]*counter),
 	}
 }
 
@@ -129,7 +132,7 @@ func (c *counter) count(ctx context.Context) error {
 	if n >= c.warning.Load() {
 		c.warn(ctx, n)
 	}
-	for n > c.written.Load()+maxUnwritten {
+	for n > c.written.Load()+c.usage.unwritten {
 		if err := c.write(ctx); err != nil {
 			c.uses.Add(^uint64(0)) // it does not happen
 			return err
@@ -167,7 +170,7 @@ func (c *counter) load(ctx context.Context) error {
 			return err
 		}
 	}
-	uses := charged(&row, boot)
+	uses := u.charged(&row, boot)
 	c.uses.Store(uses)
 	c.written.Store(uses)
 	c.warning.Store(nextWarning(uses, u.budget))
@@ -178,13 +181,10 @@ func (c *counter) load(ctx context.Context) error {
 	return nil
 }
 
-// charged is a row's count with what boots before this one may have lost.
-func charged(row *store.Usage, boot uint64) uint64 {
-	lost := boot - row.Boot
-	if lost > math.MaxUint64/maxUnwritten || row.Uses > math.MaxUint64-lost*maxUnwritten {
-		return math.MaxUint64
-	}
-	return row.Uses + lost*maxUnwritten
+// charged is a row's count with what boots before this one may have lost. It
+// does not overflow before 2^48 boots.
+func (u *usage) charged(row *store.Usage, boot uint64) uint64 {
+	return row.Uses + (boot-row.Boot)*u.unwritten
 }
 
 // write stores the count of one CMK on its caller's time.
@@ -193,7 +193,7 @@ func (c *counter) write(ctx context.Context) error {
 		return err
 	}
 	defer func() { <-c.busy }()
-	if c.uses.Load() <= c.written.Load()+maxUnwritten/2 {
+	if c.uses.Load() <= c.written.Load()+c.usage.unwritten/2 {
 		return nil // someone else has, while this one waited
 	}
 	return c.usage.writeAll(ctx, []*counter{c})

@@ -1,0 +1,47 @@
+package engine
+
+import (
+	"context"
+	"time"
+
+	"github.com/keyferry/keyferry/engine/store"
+	"github.com/keyferry/keyferry/hsm"
+)
+
+// Forgery is an import token of whoever has the token's PIN, and so its MAC.
+type Forgery struct {
+	ID        [16]byte
+	KeyID     string
+	Pair      hsm.PairID
+	Print     hsm.Fingerprint
+	Algorithm hsm.Algorithm
+	Spec      hsm.PairSpec
+	Issued    time.Time
+	Expires   time.Time
+}
+
+// Forge changes what an import token says and gives it a good MAC.
+func (e *Engine) Forge(ctx context.Context, token []byte, change func(*Forgery)) ([]byte, error) {
+	t, ok := parseImportToken(token)
+	if !ok {
+		panic("not an import token")
+	}
+	f := Forgery{t.id, t.keyID, t.pair, t.fingerprint, t.algorithm, t.spec, t.issuedAt, t.expiresAt}
+	change(&f)
+	return e.issue(ctx, &importToken{f.ID, f.KeyID, f.Pair, f.Print, f.Algorithm, f.Spec, f.Issued, f.Expires})
+}
+
+// SealRow gives a row a good MAC.
+func (e *Engine) SealRow(ctx context.Context, row *store.Key) error { return e.sealRow(ctx, row) }
+
+// SetUsageLimits replaces 2^32 uses of a key and 2^16 unwritten ones.
+func (e *Engine) SetUsageLimits(budget, unwritten uint64) {
+	e.usage.budget, e.usage.unwritten = budget, unwritten
+}
+
+// OpenKeys is how many keys the cache holds open.
+func (e *Engine) OpenKeys() int {
+	e.cache.mu.Lock()
+	defer e.cache.mu.Unlock()
+	return e.cache.recent.Len()
+}
