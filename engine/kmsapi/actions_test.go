@@ -217,6 +217,11 @@ func TestImportKeyMaterial(t *testing.T) {
 			fields := s.refused(t, "InvalidParameter", "ImportKeyMaterial", p)
 			require.Equal(t, "The specified parameter "+name+" is not valid.", fields["Message"])
 		}
+		for _, name := range []string{"ExpectKeyCheckValue", "ExpectKeyMaterialId"} {
+			for _, blank := range []string{" ", "\r\n", "\u00a0"} {
+				s.refused(t, "InvalidParameter", "ImportKeyMaterial", params("KeyId", keyID, "EncryptedKeyMaterial", "YQ==", "ImportToken", "YQ==", name, blank))
+			}
+		}
 		for _, expire := range []string{"-1", "1.5", "1893456000000", "99999999999999999999", "+", "0x10"} {
 			s.refused(t, "InvalidParameter", "ImportKeyMaterial", params("KeyId", keyID, "EncryptedKeyMaterial", "YQ==", "ImportToken", "YQ==", "KeyMaterialExpireUnix", expire))
 		}

@@ -138,13 +138,15 @@ func (in *input) base64(name string) []byte {
 	return b
 }
 
-// hex reads an optional value of n bytes, nil if it is absent.
+// hex reads an optional value of n bytes, nil if it is absent. White space
+// around it is forgiven; nothing but white space is an expectation that got
+// lost on the way, and not one that was not made.
 func (in *input) hex(name string, n int) []byte {
-	text := strings.TrimSpace(in.optional(name))
+	text := in.optional(name)
 	if text == "" || in.err != nil {
 		return nil
 	}
-	b, err := hex.DecodeString(text)
+	b, err := hex.DecodeString(strings.TrimSpace(text))
 	if err != nil || len(b) != n {
 		in.fail(invalid(name, "%s must be %d hexadecimal digits", name, 2*n))
 		return nil
