@@ -101,7 +101,7 @@ func (f *fakeKMS) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 
 func (f *fakeKMS) answer(r *http.Request) (map[string]any, *fakeError) {
 	lookup := func(id string) ([]byte, bool) { return []byte(fakeSecret), id == fakeKeyID }
-	id, err := acs.Verify(r, nil, lookup, time.Now())
+	req, id, err := acs.Verify(r, nil, lookup, time.Now())
 	switch {
 	case err == nil && f.nonces[id.Nonce]:
 		return nil, &fakeError{status: 400, code: "SignatureNonceUsed"}
@@ -111,8 +111,7 @@ func (f *fakeKMS) answer(r *http.Request) (map[string]any, *fakeError) {
 		return nil, &fakeError{status: 400, code: "SignatureDoesNotMatch", message: "Specified signature is not matched with our calculation."}
 	}
 	f.nonces[id.Nonce] = true
-	req, err := acs.Parse(r, nil)
-	if err != nil || req.Version != apiVersion {
+	if req.Version != apiVersion {
 		return nil, &fakeError{status: 400, code: "InvalidVersion"}
 	}
 	if req.Action == "CreateKey" {

@@ -7,11 +7,11 @@
 //   - ACS4-HMAC-SHA256 (the same with a key derived for a day, a region and a
 //     product), what the present SDKs send when asked to.
 //
-// A server reads the body, calls [Verify] and then [Parse]. A client fills in
-// a request and calls [SignV3] or [SignRPC]. All functions are pure and safe
-// for concurrent use.
+// A server asks [AccessKeyID] whether the body is worth reading, reads it and
+// calls [Verify]. A client fills in a request and calls [SignV3] or [SignRPC].
+// All functions are pure and safe for concurrent use.
 //
-// When Verify succeeds, everything that Parse answers was signed, except that
+// When Verify succeeds, everything that it answers was signed, except that
 // a scheme leaves the choice among equal spellings of one value to the sender.
 // What is not signed is never read as a parameter: Verify refuses a parameter
 // that is given twice, a body that its hash does not cover, and any x-acs-
@@ -73,71 +73,59 @@ type Identity struct {
 	Nonce string
 }
 
-// Parse reads a request whose body was read before. It verifies nothing: use
-// the answer only after Verify has succeeded, except for Format, which is
-// answered as far as it can be read even with an error, so that an error can
-// be reported in the form that the client reads.
+// AccessKeyID answers which access key a request says it is signed with, as far
+// as its headers and its query tell: a server need not read the body of a
+// request that it could not verify. "" if they do not, as an RPC signature may
+// be in a form body. It verifies nothing.
 //
-// Errors are an *Error of the kinds ErrMissingSignature, ErrUnsupportedScheme,
-// ErrMalformed, ErrDuplicate, ErrParameters or ErrPath.
-func Parse(r *http.Request, body []byte) (Request, error) {
-	m, err := read(r, body)
+// Errors are an *Error of the kinds ErrPath, ErrDuplicate, ErrMalformed,
+// ErrMissingKeyID or ErrParameters; Verify would answer them too.
+func AccessKeyID(r *http.Request) (string, error) {
+	scheme, fields, err := schemeOf(r)
 	if err != nil {
-		return Request{Format: r.URL.Query().Get("Format")}, err
+		return "", err
 	}
-	req := Request{
-		Scheme:  m.scheme,
-		Action:  m.action,
-		Version: m.version,
-		Format:  m.params["Format"],
-		Params:  make(url.Values, len(m.params)),
+	if scheme == RPC {
+		query, err := parseForm(r.URL.RawQuery)
+		return query["AccessKeyId"], err
 	}
-	for name, value := range m.params {
-		if !protocolParams[name] {
-			req.Params.Set(name, value)
-		}
+	auth, err := parseAuthorization(fields)
+	if err != nil {
+		return "", err
 	}
-	return req, nil
+	scope, err := parseCredential(scheme, auth.credential)
+	if err == nil && scope.keyID == "" {
+		err = fail(ErrMissingKeyID, "")
+	}
+	return scope.keyID, err
 }
 
 // Verify decides whether a request was signed, within Window of now, by who
-// knows the secret of its access key. It asks lookup for that secret and keeps
-// no reference to it; an unknown access key and an empty secret are the same.
-// The body must have been read whole.
+// knows the secret of its access key, and answers what it asks for. It asks
+// lookup for that secret and keeps no reference to it; an unknown access key
+// and an empty secret are the same. The body must have been read whole.
 //
-// Errors are an *Error. First come the kinds of Parse and ErrMissingKeyID,
-// then ErrUnknownKey, then ErrMissingTimestamp, ErrTimestampFormat and
-// ErrExpired, then ErrMissingNonce, and only then, in constant time,
-// ErrMismatch.
-func Verify(r *http.Request, body []byte, lookup func(accessKeyID string) (secret []byte, ok bool), now time.Time) (Identity, error) {
+// With an error the Identity is zero and the Request holds no more than its
+// Format, as far as that can be read, so that the error can be reported in the
+// form that the client reads.
+//
+// Errors are an *Error. First come the kinds ErrPath, ErrDuplicate,
+// ErrMissingSignature, ErrUnsupportedScheme, ErrMalformed and ErrParameters of
+// a request that cannot be read, and ErrMissingKeyID, then ErrUnknownKey, then
+// ErrMissingTimestamp, ErrTimestampFormat and ErrExpired, then
+// ErrMissingNonce, and only then, in constant time, ErrMismatch.
+func Verify(
+	r *http.Request, body []byte, lookup func(accessKeyID string) (secret []byte, ok bool), now time.Time,
+) (Request, Identity, error) {
 	m, err := read(r, body)
 	if err != nil {
-		return Identity{}, err
+		return Request{Format: r.URL.Query().Get("Format")}, Identity{}, err
 	}
-	if m.keyID == "" {
-		return Identity{}, fail(ErrMissingKeyID, "")
-	}
-	secret, ok := lookup(m.keyID)
-	if !ok || len(secret) == 0 {
-		return Identity{}, fail(ErrUnknownKey, "")
-	}
-	at, err := parseTimestamp(m.timestamp)
+	id, err := m.verify(lookup, now)
 	if err != nil {
-		return Identity{}, err
+		return Request{Format: m.params["Format"]}, Identity{}, err
 	}
-	if age := now.Sub(at); age > Window || age < -Window {
-		return Identity{}, fail(ErrExpired, "")
-	}
-	if m.nonce == "" {
-		return Identity{}, fail(ErrMissingNonce, "")
-	}
-	if len(m.nonce) > MaxNonceLen {
-		return Identity{}, fail(ErrMalformed, "the nonce is too long")
-	}
-	if err := m.check(secret); err != nil {
-		return Identity{}, err
-	}
-	return Identity{AccessKeyID: m.keyID, Scheme: m.scheme, Timestamp: at, Nonce: m.nonce}, nil
+	return m.request(), id, nil
 }
 
 // timestampLayout is ISO 8601 in UTC to the second.

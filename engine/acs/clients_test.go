@@ -42,11 +42,7 @@ func (v *verifier) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 func (v *verifier) accept(r *http.Request, body []byte) error {
-	id, err := acs.Verify(r, body, lookup, time.Now())
-	if err != nil {
-		return err
-	}
-	req, err := acs.Parse(r, body)
+	req, id, err := acs.Verify(r, body, lookup, time.Now())
 	if err != nil {
 		return err
 	}

@@ -12,6 +12,8 @@ import (
 
 // The headers of the protocol, spelt as they are signed.
 const (
+	headerAuthorization = "authorization"
+
 	headerHost      = "host"
 	headerType      = "content-type"
 	headerPrefix    = "x-acs-"
@@ -49,7 +51,7 @@ func SignV3(req *http.Request, body []byte, cred Credential, now time.Time, nonc
 	if c.values, err = headerValues(req, c.headers); err != nil {
 		return err
 	}
-	req.Header.Set("Authorization", string(ACS3)+" Credential="+cred.AccessKeyID+
+	req.Header.Set(headerAuthorization, string(ACS3)+" Credential="+cred.AccessKeyID+
 		",SignedHeaders="+strings.Join(c.headers, ";")+",Signature="+c.sign(cred.Secret.Bytes()))
 	return nil
 }
@@ -74,7 +76,7 @@ func readHeader(r *http.Request, body []byte, scheme Scheme, fields string) (*me
 	}
 	for _, name := range headersToSign(r, len(body) > 0) {
 		if _, ok := slices.BinarySearch(c.headers, name); !ok {
-			return nil, fail(ErrMalformed, name+" is not signed")
+			return nil, fail(ErrMalformed, "Host, every x-acs- header and the Content-Type of a body must be signed")
 		}
 	}
 	m := &message{

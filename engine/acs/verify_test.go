@@ -217,9 +217,11 @@ func TestRefused(t *testing.T) {
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			r, body := tc.make(t)
-			id, err := acs.Verify(r, []byte(body), lookup, at.Add(tc.after))
+			got, id, err := acs.Verify(r, []byte(body), lookup, at.Add(tc.after))
 			require.ErrorIs(t, err, tc.want)
 			require.Zero(t, id)
+			got.Format = ""
+			require.Zero(t, got)
 			var e *acs.Error
 			require.ErrorAs(t, err, &e)
 			require.NotContains(t, err.Error(), testSecret)
@@ -230,7 +232,7 @@ func TestRefused(t *testing.T) {
 func TestWindowIsInclusive(t *testing.T) {
 	r := signV3(t, request(t, http.MethodGet, "", ""), "")
 	for _, now := range []time.Time{at.Add(-acs.Window), at, at.Add(acs.Window)} {
-		_, err := acs.Verify(r, nil, lookup, now)
+		_, _, err := acs.Verify(r, nil, lookup, now)
 		require.NoError(t, err)
 	}
 }
@@ -238,7 +240,7 @@ func TestWindowIsInclusive(t *testing.T) {
 func TestEmptySecretIsNoSecret(t *testing.T) {
 	r := request(t, http.MethodGet, "", "")
 	require.NoError(t, acs.SignV3(r, nil, acs.Credential{AccessKeyID: testID}, at, "n"))
-	_, err := acs.Verify(r, nil, func(string) ([]byte, bool) { return nil, true }, at)
+	_, _, err := acs.Verify(r, nil, func(string) ([]byte, bool) { return nil, true }, at)
 	require.ErrorIs(t, err, acs.ErrUnknownKey)
 }
 
@@ -272,9 +274,7 @@ func TestJSONBody(t *testing.T) {
 				return
 			}
 			signV3(t, r, tc.body)
-			_, err := acs.Verify(r, []byte(tc.body), lookup, at)
-			require.NoError(t, err)
-			got, err := acs.Parse(r, []byte(tc.body))
+			got, _, err := acs.Verify(r, []byte(tc.body), lookup, at)
 			require.NoError(t, err)
 			require.Equal(t, acs.Request{
 				Scheme: acs.ACS3, Action: "Encrypt", Version: "2016-01-20", Format: "xml", Params: tc.want,
@@ -290,20 +290,73 @@ func TestRPCIgnoresHeaders(t *testing.T) {
 	r.Header.Set("x-acs-action", "DeleteKeyMaterial")
 	r.Header.Set("x-acs-version", "2099-01-01")
 	r.Header.Set("Authorization", "Basic eDp5")
-	_, err := acs.Verify(r, nil, lookup, at)
-	require.NoError(t, err)
-	got, err := acs.Parse(r, nil)
+	got, _, err := acs.Verify(r, nil, lookup, at)
 	require.NoError(t, err)
 	require.Equal(t, "Encrypt", got.Action)
 	require.Equal(t, "2016-01-20", got.Version)
 }
 
 // A server must answer in the client's format even what it cannot read.
-func TestParseAnswersFormatWithAnError(t *testing.T) {
+func TestVerifyAnswersFormatWithAnError(t *testing.T) {
 	r := request(t, http.MethodGet, "Format=XML&KeyId=k", "")
-	got, err := acs.Parse(r, nil)
+	got, _, err := acs.Verify(r, nil, lookup, at)
 	require.ErrorIs(t, err, acs.ErrMissingSignature)
 	require.Equal(t, acs.Request{Format: "XML"}, got)
+
+	const body = "Action=Encrypt&Format=XML"
+	r = signRPC(t, request(t, http.MethodPost, "", form), body)
+	got, _, err = acs.Verify(r, []byte(body), lookup, at.Add(time.Hour))
+	require.ErrorIs(t, err, acs.ErrExpired)
+	require.Equal(t, acs.Request{Format: "XML"}, got)
+}
+
+// What is outside the body says whose request it is, or that only the body can
+// say.
+func TestAccessKeyIDBeforeTheBody(t *testing.T) {
+	for _, rec := range recordings() {
+		t.Run(rec.name, func(t *testing.T) {
+			r, body := receive(t, rec.raw)
+			id, err := acs.AccessKeyID(r)
+			require.NoError(t, err)
+			if bytes.Contains(body, []byte("AccessKeyId=")) {
+				require.Empty(t, id)
+				return
+			}
+			require.Equal(t, testID, id)
+		})
+	}
+	for name, tc := range map[string]struct {
+		query, authorization, path string
+		want                       error
+	}{
+		"in the body, if anywhere": {},
+		"for a proxy":              {authorization: "Basic eDp5"},
+		"another path":             {path: "//", want: acs.ErrPath},
+		"malformed header":         {authorization: "ACS3-HMAC-SHA256 Credential=testAK", want: acs.ErrMalformed},
+		"no key in the header":     {authorization: "ACS4-HMAC-SHA256 Credential=/20261123/r/Kms/aliyun_v4_request,SignedHeaders=host,Signature=00", want: acs.ErrMissingKeyID},
+		"no scope in the header":   {authorization: "ACS4-HMAC-SHA256 Credential=testAK,SignedHeaders=host,Signature=00", want: acs.ErrMalformed},
+		"two keys":                 {query: "AccessKeyId=a&AccessKeyId=b", want: acs.ErrDuplicate},
+		"no query":                 {query: "%zz", want: acs.ErrParameters},
+	} {
+		t.Run(name, func(t *testing.T) {
+			r := request(t, http.MethodPost, tc.query, form)
+			if tc.authorization != "" {
+				r.Header.Set("Authorization", tc.authorization)
+			}
+			if tc.path != "" {
+				r.URL.Path = tc.path
+			}
+			id, err := acs.AccessKeyID(r)
+			require.Empty(t, id)
+			if tc.want == nil {
+				require.NoError(t, err)
+				return
+			}
+			require.ErrorIs(t, err, tc.want)
+			_, _, err = acs.Verify(r, nil, lookup, at)
+			require.ErrorIs(t, err, tc.want, "and so says Verify")
+		})
+	}
 }
 
 func TestSigningTwiceIsRefused(t *testing.T) {
@@ -315,7 +368,7 @@ func TestSigningTwiceIsRefused(t *testing.T) {
 	// A client that tries again signs anew; only the last signature stays.
 	r = signV3(t, request(t, http.MethodGet, "", ""), "")
 	require.NoError(t, acs.SignV3(r, nil, credential(), at, "nonce-2"))
-	id, err := acs.Verify(r, nil, lookup, at)
+	_, id, err := acs.Verify(r, nil, lookup, at)
 	require.NoError(t, err)
 	require.Equal(t, "nonce-2", id.Nonce)
 }

@@ -1,7 +1,6 @@
 package kmsapi
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -114,7 +113,7 @@ var signatures = map[acs.Kind]failure{
 	acs.ErrTimestampFormat:   {status: 400, code: "InvalidTimeStamp.Format", message: "Specified time stamp or date value is not well formatted."},
 	acs.ErrExpired:           {status: 400, code: "InvalidTimeStamp.Expired", message: "Specified time stamp or date value is expired."},
 	acs.ErrMismatch:          {status: 400, code: "SignatureDoesNotMatch", message: "Specified signature is not matched with our calculation."},
-	acs.ErrDuplicate:         kinds[engine.InvalidParameter], // Detail is its name
+	acs.ErrDuplicate:         {status: 400, code: "ParseRequestParameterException", message: unreadableParams},
 	acs.ErrParameters:        {status: 400, code: "ParseRequestParameterException", message: unreadableParams},
 	acs.ErrPath:              *errNoSuchAction,
 }
@@ -151,12 +150,13 @@ func signatureFailure(e *acs.Error) *failure {
 		return kinds[engine.Internal].because(e)
 	}
 	f.cause = e
-	f.hint = cmp.Or(e.Detail, strings.TrimPrefix(e.Kind.Error(), "acs: "))
+	f.hint = strings.TrimPrefix(e.Kind.Error(), "acs: ")
 	switch {
 	case e.Kind == acs.ErrDuplicate:
-		f.message = fmt.Sprintf(f.message, e.Detail)
-		f.hint = e.Detail + " is given twice"
-	case e.Kind == acs.ErrMismatch && e.Detail == "":
+		// Detail is a name that whoever sent this made up.
+	case e.Detail != "":
+		f.hint = e.Detail
+	case e.Kind == acs.ErrMismatch:
 		f.hint = "check the access key secret"
 	}
 	return &f

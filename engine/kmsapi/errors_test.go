@@ -9,12 +9,14 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"regexp"
+	"strings"
 	"testing"
 
 	sdkerrors "github.com/aliyun/alibaba-cloud-sdk-go/sdk/errors"
 	"github.com/stretchr/testify/require"
 
 	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/engine/kmsapi"
 )
 
 // The table of the published API, apart from the one that is tested.
@@ -169,6 +171,13 @@ func TestXML(t *testing.T) {
 		require.Equal(t, "Error", root(t, w))
 		require.Contains(t, w.Body.String(), "<HttpStatus>404</HttpStatus><Code>InvalidAction.NotFound</Code>")
 	})
+	t.Run("before the body is read", func(t *testing.T) {
+		req := s.request(t, "ListKeys", params("Format", "XML"))
+		req.Method = http.MethodPut
+		w := httptest.NewRecorder()
+		s.ServeHTTP(w, req)
+		require.Equal(t, "Error", root(t, w))
+	})
 	t.Run("before the signature is known to be good", func(t *testing.T) {
 		req := s.request(t, "ListKeys", params("Format", "XML"))
 		s.cred.AccessKeyID = "somebody else"
@@ -187,15 +196,26 @@ func TestNothingButTheAPI(t *testing.T) {
 		status int
 		code   string
 	}{
-		"method":      {func(r *http.Request) { r.Method = http.MethodPut }, 403, "UnsupportedHTTPMethod"},
-		"head":        {func(r *http.Request) { r.Method = http.MethodHead }, 403, "UnsupportedHTTPMethod"},
-		"path":        {func(r *http.Request) { r.URL.Path = "/kms" }, 404, "InvalidAction.NotFound"},
-		"unsigned":    {func(r *http.Request) { r.URL.RawQuery = "Action=ListKeys&Version=2016-01-20" }, 400, "IncompleteSignature"},
-		"nothing":     {func(r *http.Request) { r.URL.RawQuery = "" }, 400, "IncompleteSignature"},
-		"unreadable":  {func(r *http.Request) { r.URL.RawQuery = "%zz" }, 400, "ParseRequestParameterException"},
-		"twice":       {func(r *http.Request) { r.URL.RawQuery += "&KeyId=other" }, 400, "InvalidParameter"},
-		"large body":  {func(r *http.Request) { r.Body = io.NopCloser(bytes.NewReader(make([]byte, 1<<20+1))) }, 400, "ParseRequestParameterException"},
-		"broken body": {func(r *http.Request) { r.Body = io.NopCloser(brokenReader{}) }, 400, "ParseRequestParameterException"},
+		"method":     {func(r *http.Request) { r.Method = http.MethodPut }, 403, "UnsupportedHTTPMethod"},
+		"head":       {func(r *http.Request) { r.Method = http.MethodHead }, 403, "UnsupportedHTTPMethod"},
+		"path":       {func(r *http.Request) { r.URL.Path = "/kms" }, 404, "InvalidAction.NotFound"},
+		"unsigned":   {func(r *http.Request) { r.URL.RawQuery = "Action=ListKeys&Version=2016-01-20" }, 400, "IncompleteSignature"},
+		"nothing":    {func(r *http.Request) { r.URL.RawQuery = "" }, 400, "IncompleteSignature"},
+		"unreadable": {func(r *http.Request) { r.URL.RawQuery = "%zz" }, 400, "ParseRequestParameterException"},
+		"twice":      {func(r *http.Request) { r.URL.RawQuery += "&KeyId=other" }, 400, "ParseRequestParameterException"},
+		"large body": {func(r *http.Request) {
+			r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(make([]byte, kmsapi.MaxBody+1))), -1
+		}, 400, "ParseRequestParameterException"},
+		"announced body": {func(r *http.Request) {
+			r.Body, r.ContentLength = unreadable{t}, kmsapi.MaxBody+1
+		}, 400, "ParseRequestParameterException"},
+		"body of a stranger": {func(r *http.Request) {
+			r.Body, r.ContentLength = unreadable{t}, -1
+			r.URL.RawQuery = strings.Replace(r.URL.RawQuery, "AccessKeyId=testid", "AccessKeyId=stranger", 1)
+		}, 404, "InvalidAccessKeyId.NotFound"},
+		"body of a method": {func(r *http.Request) { r.Method, r.Body = http.MethodPut, unreadable{t} }, 403, "UnsupportedHTTPMethod"},
+		"body of a path":   {func(r *http.Request) { r.URL.Path, r.Body = "//", unreadable{t} }, 404, "InvalidAction.NotFound"},
+		"broken body":      {func(r *http.Request) { r.Body = io.NopCloser(brokenReader{}) }, 400, "ParseRequestParameterException"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			req := good.Clone(t.Context())
@@ -208,6 +228,16 @@ func TestNothingButTheAPI(t *testing.T) {
 	require.Empty(t, s.engine.calls)
 	require.Empty(t, s.nonces.seen, "what is refused unverified must not fill the store")
 }
+
+// unreadable is a body that must not be read.
+type unreadable struct{ t *testing.T }
+
+func (u unreadable) Read([]byte) (int, error) {
+	u.t.Error("the body was read")
+	return 0, io.EOF
+}
+
+func (unreadable) Close() error { return nil }
 
 type brokenReader struct{}
 

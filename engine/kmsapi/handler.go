@@ -20,11 +20,9 @@ package kmsapi
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net/http"
 	"runtime/debug"
@@ -41,10 +39,6 @@ import (
 
 // Version is the only version of the API there is.
 const Version = "2016-01-20"
-
-// MaxBody bounds the body of a request in bytes. The largest honest one is a
-// few tens of kilobytes.
-const MaxBody = 1 << 20
 
 // Engine is what the handler needs of engine.Engine.
 type Engine interface {
@@ -75,8 +69,9 @@ type Nonces interface {
 type Config struct {
 	Engine Engine
 	Nonces Nonces
-	// Secret returns the secret of an access key. It is called once for each
-	// request and must be safe for concurrent use. The slice is only read.
+	// Secret returns the secret of an access key. It is called once or twice
+	// for each request and must be safe for concurrent use. The slice is only
+	// read.
 	Secret func(accessKeyID string) (secret []byte, ok bool)
 
 	Region  string           // in ARNs; "": "local"
@@ -87,7 +82,8 @@ type Config struct {
 
 // Handler serves the API. Make one with New; it is safe for concurrent use.
 type Handler struct {
-	cfg Config
+	cfg     Config
+	reading reading
 }
 
 // New returns a Handler.
@@ -107,7 +103,7 @@ func New(cfg Config) (*Handler, error) {
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
-	return &Handler{cfg: cfg}, nil
+	return &Handler{cfg: cfg, reading: newReading()}, nil
 }
 
 // call is one request on its way through the handler. What the access log says
@@ -168,21 +164,15 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, c *call) (b body
 		b, err = nil, fmt.Errorf("panic of type %T", v)
 	}()
 
-	if r.Method != http.MethodGet && r.Method != http.MethodPost {
-		return nil, errMethod
-	}
-	if r.URL.Path != "/" && r.URL.Path != "" {
-		return nil, errNoSuchAction
-	}
-	raw, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBody))
+	raw, err := h.readBody(w, r)
 	if err != nil {
-		return nil, errBody.because(err)
+		c.format = formatOf(r.URL.Query().Get("Format"))
+		return nil, err
 	}
 	now := h.cfg.Now()
-	req, parseErr := acs.Parse(r, raw)
+	req, identity, err := acs.Verify(r, raw, h.cfg.Secret, now)
 	c.format = formatOf(req.Format) // there even with an error
-	identity, err := acs.Verify(r, raw, h.cfg.Secret, now)
-	if err = cmp.Or(err, parseErr); err != nil {
+	if err != nil {
 		return nil, err
 	}
 	c.accessKey = identity.AccessKeyID
