@@ -18,13 +18,13 @@ func Example() {
 	ctx := context.Background()
 	token, err := hsm.Open(ctx, tokenConfig()) // module, label, pins and PIN of a token that hsm.Init has seen
 	check(err)
-	defer token.Close()
+	defer func() { check(token.Close()) }()
 	store, err := sqlite.Open(ctx, sqlite.Config{Path: filepath.Join(dataDir(), "keyferry.db")})
 	check(err)
-	defer store.Close()
+	defer func() { check(store.Close()) }()
 	kms, err := engine.New(ctx, engine.Config{Token: token, Store: store})
 	check(err)
-	defer kms.Close()
+	defer func() { check(kms.Close()) }()
 
 	key, err := kms.CreateKey(ctx, engine.CreateKeyInput{Spec: engine.AliyunAES256})
 	check(err)

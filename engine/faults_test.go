@@ -2,8 +2,8 @@ package engine_test
 
 import (
 	"context"
-	"database/sql"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -117,8 +117,7 @@ func TestLockedDatabase(t *testing.T) {
 	blob := h.encrypt(t, keyID, "secret")
 	before := h.describe(t, keyID)
 
-	db, err := sql.Open("sqlite", h.database.Path)
-	require.NoError(t, err)
+	db := h.burgle(t)
 	defer func() { require.NoError(t, db.Close()) }()
 	conn, err := db.Conn(t.Context())
 	require.NoError(t, err)
@@ -273,16 +272,14 @@ func TestCallsOfTheToken(t *testing.T) {
 	keyID, material := h.enabledKey(t)
 	h.waitForPairs(t, 2)
 	in := input(t, h.parameters(t, keyID), material)
-	// Twice, since sessions are opened when they are first used.
-	_, err := h.ImportKeyMaterial(t.Context(), in)
-	require.NoError(t, err)
 	h.encrypt(t, keyID, "x")
 
 	tap := hsmtest.On(t, module(t))
 	calls := func(do func()) []string {
 		tap.Reset()
 		do()
-		return tap.Sequence()
+		// Sessions are opened when they are first used.
+		return slices.DeleteFunc(tap.Sequence(), func(call string) bool { return call == "C_OpenSession" })
 	}
 	bare := calls(func() { h.bareImport(t, in) })
 	require.Equal(t, "C_UnwrapKey", bare[0])
@@ -457,10 +454,6 @@ func TestEveryCallOfAnImportFails(t *testing.T) {
 	in := input(t, params, material)
 	_, err := h.ImportKeyMaterial(t.Context(), in)
 	require.NoError(t, err)
-	tap.Reset()
-	_, err = h.ImportKeyMaterial(t.Context(), in)
-	require.NoError(t, err)
-	calls := len(tap.Sequence())
 	before, _ := objects(t, on)
 
 	faults := []hsmtest.Fault{
@@ -471,19 +464,22 @@ func TestEveryCallOfAnImportFails(t *testing.T) {
 		{RV: deviceRemoved},
 	}
 	for _, fault := range faults {
-		for fault.After = range calls {
+		for fired := true; fired; fault.After++ {
 			require.NoError(t, h.DeleteKeyMaterial(t.Context(), keyID))
 			tap.Inject(fault)
 			_, err := h.ImportKeyMaterial(t.Context(), in)
-			fired := tap.Heal()
-			if err != nil {
-				require.NotEqual(t, engine.InvalidKeyMaterial, kindOf(err), "%+v", fault)
-				require.NotEqual(t, engine.InvalidImportToken, kindOf(err), "%+v", fault)
+			fired = tap.Heal() > 0
+			switch kindOf(err) {
+			case "":
+			case engine.Unavailable:
+				require.True(t, fired, "%+v: %v", fault, err)
+			default:
+				require.NoError(t, err, "%+v", fault)
 			}
-			require.Equal(t, 1, fired, "%+v", fault)
 			key := h.describe(t, keyID)
 			require.Equal(t, err == nil, key.State == engine.Enabled, "%+v: %v", fault, err)
 		}
+		require.Greater(t, fault.After, 15, "an import makes that many calls")
 	}
 	_, err = h.ImportKeyMaterial(t.Context(), in)
 	require.NoError(t, err)

@@ -11,21 +11,26 @@ import (
 	"github.com/keyferry/keyferry/engine"
 )
 
-// exec is what somebody who can write to the database does to it.
+// burgle opens the database as somebody does who can write to its file.
+func (h *house) burgle(tb testing.TB) *sql.DB {
+	tb.Helper()
+	db, err := sql.Open("sqlite", "file:"+h.database.Path+"?_pragma=busy_timeout(10000)")
+	require.NoError(tb, err)
+	return db
+}
+
 func (h *house) exec(tb testing.TB, query string, args ...any) {
 	tb.Helper()
-	db, err := sql.Open("sqlite", h.database.Path)
-	require.NoError(tb, err)
+	db := h.burgle(tb)
 	defer func() { require.NoError(tb, db.Close()) }()
-	_, err = db.ExecContext(tb.Context(), query, args...)
+	_, err := db.ExecContext(tb.Context(), query, args...)
 	require.NoError(tb, err)
 }
 
 // columns of table cmk and what they hold in one row.
 func (h *house) columns(tb testing.TB, keyID string) (names []string, values []any) {
 	tb.Helper()
-	db, err := sql.Open("sqlite", h.database.Path)
-	require.NoError(tb, err)
+	db := h.burgle(tb)
 	defer func() { require.NoError(tb, db.Close()) }()
 	rows, err := db.QueryContext(tb.Context(), "SELECT * FROM cmk WHERE key_id = ?", keyID)
 	require.NoError(tb, err)
