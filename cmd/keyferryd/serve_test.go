@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -354,4 +355,89 @@ func TestShutdownWaitsForRequests(t *testing.T) {
 	require.NoError(t, errors.Join(err, res.Body.Close()))
 	require.Equal(t, "answered", string(body))
 	require.NoError(t, <-ended)
+}
+
+// Whatever is asked for, the answer is one that clients of the API read, and
+// it sends nobody anywhere else.
+func TestEveryAnswerIsTheAPIs(t *testing.T) {
+	t.Parallel()
+	s := startDevServer(t, t.TempDir())
+	for request, code := range map[string]string{
+		"GET / HTTP/1.1":                        "IncompleteSignature",
+		"POST //?KeyId=secret HTTP/1.1":         "InvalidAction.NotFound",
+		"POST /./?KeyId=secret HTTP/1.1":        "InvalidAction.NotFound",
+		"GET /healthz/ HTTP/1.1":                "InvalidAction.NotFound",
+		"POST /healthz HTTP/1.1":                "InvalidAction.NotFound",
+		"CONNECT kms.example:80 HTTP/1.1":       "UnsupportedHTTPMethod",
+		"OPTIONS * HTTP/1.1":                    "UnsupportedHTTPMethod",
+		"DELETE /?Format=XML HTTP/1.1":          "UnsupportedHTTPMethod",
+		"GET http://elsewhere.example HTTP/1.1": "IncompleteSignature",
+	} {
+		t.Run(request, func(t *testing.T) {
+			res, body := exchange(t, s.endpoint, request)
+			require.Contains(t, string(body), code)
+			require.GreaterOrEqual(t, res.StatusCode, 400)
+			require.Regexp(t, `^(application/json|text/xml);charset=utf-8$`, res.Header.Get("Content-Type"))
+			require.Empty(t, res.Header.Get("Location"))
+			require.NotContains(t, string(body), "secret")
+		})
+	}
+	res, body := exchange(t, s.endpoint, "GET /healthz HTTP/1.1")
+	require.Equal(t, http.StatusOK, res.StatusCode)
+	require.Equal(t, "ok\n", string(body))
+	require.NoError(t, s.stop())
+}
+
+// exchange sends a request line as it is, on a connection of its own.
+func exchange(t *testing.T, endpoint, line string) (*http.Response, []byte) {
+	t.Helper()
+	conn, err := net.Dial("tcp", endpoint)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, conn.Close()) }()
+	return ask(t, conn, line)
+}
+
+// ask sends a request line on a connection that is kept.
+func ask(t *testing.T, conn net.Conn, line string) (*http.Response, []byte) {
+	t.Helper()
+	_, err := io.WriteString(conn, line+"\r\nHost: kms.example\r\nContent-Length: 0\r\n\r\n")
+	require.NoError(t, err)
+	return answerOn(t, conn)
+}
+
+func answerOn(t *testing.T, conn net.Conn) (*http.Response, []byte) {
+	t.Helper()
+	res, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	require.NoError(t, err)
+	body, err := io.ReadAll(res.Body)
+	require.NoError(t, errors.Join(err, res.Body.Close()))
+	return res, body
+}
+
+// A connection beyond the bound waits until another one is closed.
+func TestConnectionsAreBounded(t *testing.T) {
+	t.Parallel()
+	s := startDevServer(t, t.TempDir())
+	const request = "GET / HTTP/1.1"
+	var open []net.Conn
+	for range maxConnections {
+		conn, err := net.Dial("tcp", s.endpoint)
+		require.NoError(t, err)
+		ask(t, conn, request) // now it is known to be one of those that are served
+		open = append(open, conn)
+	}
+	more, err := net.Dial("tcp", s.endpoint)
+	require.NoError(t, err)
+	_, err = io.WriteString(more, request+"\r\nHost: kms.example\r\n\r\n")
+	require.NoError(t, err)
+	require.NoError(t, more.SetReadDeadline(time.Now().Add(200*time.Millisecond)))
+	_, err = more.Read(make([]byte, 1))
+	require.ErrorIs(t, err, os.ErrDeadlineExceeded)
+	require.NoError(t, more.SetReadDeadline(time.Time{}))
+	require.NoError(t, open[0].Close())
+	answerOn(t, more)
+	for _, conn := range append(open[1:], more) {
+		require.NoError(t, conn.Close())
+	}
+	require.NoError(t, s.stop())
 }

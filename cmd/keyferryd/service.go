@@ -67,11 +67,21 @@ func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service
 	if err != nil {
 		return nil, err
 	}
-	mux := http.NewServeMux()
-	mux.Handle("/", api)
-	mux.Handle("GET "+healthPath, healthHandler(s.engine, log))
-	s.handler = mux
+	s.handler = route(api, healthHandler(s.engine, log))
 	return s, nil
+}
+
+// route hands everything to the API but questions about the server's health.
+// http.ServeMux would answer some requests itself, in a form that no client of
+// the API reads, and redirect others, with their query, to another path.
+func route(api, health http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == healthPath && (r.Method == http.MethodGet || r.Method == http.MethodHead) {
+			health.ServeHTTP(w, r)
+			return
+		}
+		api.ServeHTTP(w, r)
+	})
 }
 
 // openToken opens the token, and says what to do where it does not open.
