@@ -21,7 +21,7 @@ func lockFile(path string) (*os.File, error) {
 		_ = f.Close()
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			return nil, fmt.Errorf("sqlite: database %s is in use already (%s is locked): "+
-				"one process at a time can use it, so stop the other one first, or use PostgreSQL for several", path, name)
+				"one process at a time can use it, so stop the other one first or choose another path", path, name)
 		}
 		return nil, fmt.Errorf("sqlite: cannot lock %s: %w", name, err)
 	}

@@ -7,9 +7,12 @@
 // returned.
 //
 // The file belongs to one Store at a time, which a lock beside it enforces. It
-// has mode 0600, and deleted content is overwritten with zeros
-// (secure_delete). What that cannot promise: copies the file system or the
-// disk keeps of blocks it has replaced.
+// has mode 0600. Deleted content is overwritten with zeros (secure_delete), and
+// deleted key material leaves the write-ahead log about a second later. What
+// that cannot promise: copies that the file system or the disk keep of blocks
+// they have replaced, and, once in tens of thousands of deletions, one that
+// SQLite leaves in the unused part of a page that it split, until it uses the
+// page again. What may be found that way is sealed all the same.
 //
 // The driver is modernc.org/sqlite, SQLite translated to Go, so that programs
 // need no C compiler for it.
