@@ -254,6 +254,6 @@ func encryptRSA(alg Algorithm, pub *rsa.PublicKey, known []byte) ([]byte, error)
 	case OAEPSHA256:
 		return rsa.EncryptOAEP(sha256.New(), rand.Reader, pub, known, nil)
 	default:
-		return rsa.EncryptOAEP(sha1.New(), rand.Reader, pub, known, nil)
+		return rsa.EncryptOAEP(sha1.New(), rand.Reader, pub, known, nil) //nolint:gosec // RSAES_OAEP_SHA_1
 	}
 }

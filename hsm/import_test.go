@@ -89,10 +89,10 @@ func TestImportRefusesBadBlobsAlike(t *testing.T) {
 func TestImportMeasures(t *testing.T) {
 	b := newBench(t, hsm.OAEPSHA1)
 	for _, spec := range []hsm.MaterialSpec{hsm.AES256, hsm.SM4} {
-		for _, context_ := range []string{"k", "1234abcd-12ab-34cd-56ef-1234567890ab"} {
+		for _, keyID := range []string{"k", "1234abcd-12ab-34cd-56ef-1234567890ab"} {
 			material := random(spec.Len())
 			req := b.request(b.wrap(t, material))
-			req.Spec, req.Context = spec, []byte(context_)
+			req.Spec, req.Context = spec, []byte(keyID)
 			out, err := b.token.Import(context.Background(), req)
 			require.NoError(t, err)
 			block, err := aes.NewCipher(material)
@@ -107,7 +107,7 @@ func TestImportMeasures(t *testing.T) {
 			} else {
 				require.Equal(t, hsm.CheckValue{Algorithm: hsm.CheckValueAES, Value: out.Identity.KCV}, out.CheckValue)
 			}
-			id, err := byok.MaterialID(context_, material)
+			id, err := byok.MaterialID(keyID, material)
 			require.NoError(t, err)
 			require.Equal(t, id, out.Identity.MaterialID)
 		}

@@ -113,8 +113,16 @@ func TestMAC(t *testing.T) {
 		domain string
 		parts  [][]byte
 	}{
-		{"d", nil}, {"d", part("")}, {"d", part("", "")}, {"d", part("ab")}, {"d", part("a", "b")}, {"d", part("", "ab")},
-		{"da", part("b")}, {"", part("dab")}, {"dab", nil}, {"e", part("ab")},
+		{"d", nil},
+		{"d", part("")},
+		{"d", part("", "")},
+		{"d", part("ab")},
+		{"d", part("a", "b")},
+		{"d", part("", "ab")},
+		{"da", part("b")},
+		{"", part("dab")},
+		{"dab", nil},
+		{"e", part("ab")},
 	} {
 		mac, err := b.token.MAC(ctx, c.domain, c.parts...)
 		require.NoError(t, err)

@@ -5,7 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
-	"crypto/sha1" //nolint:gosec // RSAES_OAEP_SHA_1 is what every token has
+	"crypto/sha1"
 	"crypto/sha256"
 	"testing"
 	"time"
@@ -101,7 +101,7 @@ func (b *bench) wrap(t testing.TB, material []byte) []byte {
 	var err error
 	switch b.pair.Algorithm {
 	case hsm.PKCS1v15:
-		out, err = rsa.EncryptPKCS1v15(rand.Reader, b.pub, material) //nolint:staticcheck // what customers may ask for
+		out, err = rsa.EncryptPKCS1v15(rand.Reader, b.pub, material)
 	case hsm.OAEPSHA256:
 		out, err = rsa.EncryptOAEP(sha256.New(), rand.Reader, b.pub, material, nil)
 	case hsm.SM2PKE:

@@ -1,6 +1,7 @@
 package hsm_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"testing"
@@ -168,7 +169,7 @@ func TestSubstitutedPairIsRefused(t *testing.T) {
 			for _, o := range find(t, p, s, pkcs11.NewAttribute(pkcs11.CKA_ID, b.pair.ID[:])) {
 				n, err := p.GetAttributeValue(s, o, []*pkcs11.Attribute{at(pkcs11.CKA_MODULUS, nil)})
 				require.NoError(t, err)
-				if string(n[0].Value) == string(b.pub.N.Bytes()) {
+				if bytes.Equal(n[0].Value, b.pub.N.Bytes()) {
 					require.NoError(t, p.DestroyObject(s, o))
 				}
 			}
