@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -184,6 +185,12 @@ func (c *config) resolve(dir string) {
 			*path = filepath.Join(dir, *path)
 		}
 	}
+}
+
+// hasDatabase is false only if there surely is none.
+func (c *config) hasDatabase() bool {
+	_, err := os.Stat(c.Store.SQLite)
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // applyEnvironment sets what the PKCS#11 library reads of the environment. It

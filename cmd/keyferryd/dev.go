@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -20,7 +21,8 @@ func devCommand() *cobra.Command {
 		Short: "Serve on a SoftHSM2 token of its own, with nothing set up",
 		Long: `Serves from a directory: at the first start a SoftHSM2 token, random PINs, a
 database and one access key are made in it, and from then on it comes back with
-everything. DIR/credentials.json tells clients how to get in and DIR/token.json
+everything. It must be a directory that no other user can write to.
+DIR/credentials.json tells clients how to get in and DIR/token.json
 where the token is; both are there before the port answers.
 
 This is for development. Whoever can read DIR has every key in it.`,
@@ -53,7 +55,7 @@ func serveDev(ctx context.Context, data, listen, module string, out io.Writer, l
 		return fmt.Errorf("%s: %w", dir.file(devConfigFile), err)
 	}
 	return serve(ctx, &cfg, out, log, func(endpoint string) error {
-		return dir.announce(&cfg, endpoint, log)
+		return errors.Join(dir.finished(), dir.announce(&cfg, endpoint, log))
 	})
 }
 

@@ -88,6 +88,44 @@ func TestDevContract(t *testing.T) {
 	require.Regexp(t, `^keyferryd: .* is in use by another keyferryd: .*\n$`, stderr)
 	require.NoError(t, again.cmd.Process.Signal(os.Interrupt))
 	require.NoError(t, again.cmd.Wait())
+
+	// A database that is gone is not replaced by an empty one.
+	require.NoError(t, os.Rename(filepath.Join(moved, devDatabase), filepath.Join(moved, "elsewhere.db")))
+	status, stderr = run(t, "dev", "--data", moved)
+	require.Equal(t, 1, status)
+	require.Regexp(t, `^keyferryd: the database .*/keyferry\.db is gone, and every key with it: restore it, or start over with another --data\n$`, stderr)
+	require.NoFileExists(t, filepath.Join(moved, devDatabase))
+}
+
+// What others can write, the configuration with the name of a library above
+// all, is not read.
+func TestDevReadsNothingOfOthers(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"", "keyferryd.yaml", "so-pin", "tokens", "tokens/a/token.object"} {
+		t.Run("writable "+name, func(t *testing.T) {
+			dir := t.TempDir()
+			require.NoError(t, os.MkdirAll(filepath.Join(dir, "tokens", "a"), 0o700))
+			for _, file := range []string{"keyferryd.yaml", "so-pin", "tokens/a/token.object"} {
+				require.NoError(t, os.WriteFile(filepath.Join(dir, file), []byte("{"), 0o600))
+			}
+			path := filepath.Join(dir, name)
+			info, err := os.Stat(path)
+			require.NoError(t, err)
+			for _, bit := range []fs.FileMode{0o020, 0o002} {
+				require.NoError(t, os.Chmod(path, info.Mode().Perm()&^0o022|bit))
+				link := filepath.Join(t.TempDir(), "link")
+				require.NoError(t, os.Symlink(dir, link))
+				for _, data := range []string{dir, link} {
+					status, stderr := run(t, "dev", "--data", data)
+					require.Equal(t, 1, status)
+					require.Regexp(t, `^keyferryd: /.* can be written by others \(mode 0\d+\): chmod go-w it, if you know all that is in it\n$`, stderr)
+				}
+			}
+		})
+	}
+	own := t.TempDir()
+	require.NoError(t, onlyOf(os.Geteuid(), own))
+	require.ErrorContains(t, onlyOf(os.Geteuid()+1, own), own+" belongs to another user: choose a --data of your own")
 }
 
 func readJSON(t *testing.T, path string, into any) {

@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -20,13 +21,13 @@ import (
 // and tokens), of the store (the database's companions) and the two that
 // announce writes.
 const (
-	devConfigFile = "keyferryd.yaml" // written last: with it the set-up is whole
-	devDatabase   = "keyferry.db"    // made only once the set-up is whole
+	devConfigFile = "keyferryd.yaml" // written when all that it names is there but the database
+	devDatabase   = "keyferry.db"
 	devTokens     = "tokens"
 	devSOPIN      = "so-pin"
 	devUserPIN    = "user-pin"
 	devSecret     = "access-key-secret"
-	devUnfinished = "setup-unfinished" // there while tokens is made
+	devUnfinished = "setup-unfinished" // there until the database is made, too
 	devLock       = "dev.lock"
 )
 
@@ -53,6 +54,9 @@ func openDevDir(path string) (*devDir, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("cannot make the data directory: %w", err)
 	}
+	if err := onlyOf(os.Geteuid(), path); err != nil {
+		return nil, err
+	}
 	lock, err := os.OpenFile(filepath.Join(path, devLock), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, fmt.Errorf("cannot use the data directory: %w", err)
@@ -61,7 +65,46 @@ func openDevDir(path string) (*devDir, error) {
 		_ = lock.Close()
 		return nil, fmt.Errorf("%s is in use by another keyferryd: stop it first or choose another --data", path)
 	}
-	return &devDir{path: path, lock: lock}, nil
+	d := &devDir{path: path, lock: lock}
+	if err := d.onlyOurs(); err != nil {
+		d.close()
+		return nil, err
+	}
+	return d, nil
+}
+
+// onlyOf refuses a file or directory that anybody but that user, and root, can
+// have written to.
+func onlyOf(uid int, path string) error {
+	info, err := os.Stat(path)
+	if err != nil {
+		return fmt.Errorf("cannot use the data directory: %w", err)
+	}
+	if stat, ok := info.Sys().(*syscall.Stat_t); !ok || int(stat.Uid) != uid {
+		return fmt.Errorf("%s belongs to another user: choose a --data of your own", path)
+	}
+	if mode := info.Mode().Perm(); mode&0o022 != 0 {
+		return fmt.Errorf("%s can be written by others (mode %04o): chmod go-w it, if you know all that is in it", path, mode)
+	}
+	return nil
+}
+
+// onlyOurs refuses a directory with anything in it that others can have made:
+// a configuration names the library that is loaded into this process.
+func (d *devDir) onlyOurs() error {
+	dir, err := filepath.EvalSymlinks(d.path)
+	if err != nil {
+		return err
+	}
+	return filepath.WalkDir(dir, func(path string, _ fs.DirEntry, err error) error {
+		if err == nil {
+			err = onlyOf(os.Geteuid(), path)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil // other programs may use the token
+		}
+		return err
+	})
 }
 
 func (d *devDir) close() { _ = d.lock.Close() }
@@ -77,8 +120,7 @@ func (d *devDir) has(name string) bool {
 // names if this is the first start, or the first one that gets to the end.
 func (d *devDir) setUp(ctx context.Context, module string) (config, error) {
 	if d.has(devConfigFile) {
-		cfg, err := d.comeBack(ctx, module)
-		return cfg, errors.Join(err, d.finished())
+		return d.comeBack(ctx, module)
 	}
 	if !d.has(devUnfinished) {
 		// What is there was not made here; it might be somebody's only token.
@@ -91,14 +133,10 @@ func (d *devDir) setUp(ctx context.Context, module string) (config, error) {
 			return config{}, err
 		}
 	}
-	cfg, err := d.make(ctx, module)
-	if err != nil {
-		return config{}, err
-	}
-	return cfg, d.finished()
+	return d.make(ctx, module)
 }
 
-// finished removes the mark of a set-up that is whole now.
+// finished removes the mark of a set-up that is whole now, with its database.
 func (d *devDir) finished() error {
 	if err := os.Remove(d.file(devUnfinished)); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
@@ -151,6 +189,10 @@ func (d *devDir) comeBack(ctx context.Context, module string) (config, error) {
 	}
 	if len(cfg.AccessKeys) == 0 {
 		return config{}, fmt.Errorf("%s has no access key: restore it", d.file(devConfigFile))
+	}
+	// Without the mark it was there once, with every key.
+	if !cfg.hasDatabase() && !d.has(devUnfinished) {
+		return config{}, fmt.Errorf("the database %s is gone, and every key with it: restore it, or start over with another --data", cfg.Store.SQLite)
 	}
 	before := cfg
 	if err := d.useModule(&cfg, module); err != nil {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/keyferry/keyferry/engine/store/sqlite"
 	"github.com/keyferry/keyferry/hsm"
 )
 
@@ -20,8 +21,9 @@ func initCommand() *cobra.Command {
 		Short: "Make the keys a token needs, and pin them in the configuration",
 		Long: `Makes the keys of the configuration's token that are missing (vault, MAC key,
 receipt key), touches nothing that is there, and writes the token's serial and
-the fingerprints of the keys to token.pins of the configuration. It can be run
-again at any time. Serving needs all of it, and nobody but init writes it.
+the fingerprints of the keys to token.pins of the configuration. It makes the
+database, too, if the configuration names one that is not there. It can be run
+again at any time. Serving needs all of it, and nobody but init makes it.
 
 The security officer's PIN is needed only where the vault key or the token
 itself has to be made. Do not leave it on this machine.`,
@@ -37,7 +39,7 @@ itself has to be made. Do not leave it on this machine.`,
 	flags.StringVar(&ceremony.soPINFile, "so-pin-file", "", `file with the security officer's PIN, "-" for standard input`)
 	flags.BoolVar(&ceremony.initToken, "init-token", false, "initialise the module's one uninitialised slot first, and set both PINs")
 	flags.BoolVar(&ceremony.reseal, "reseal", false, "make a vault whose blobs can be sealed anew one day; a thief of both PINs can then open them")
-	flags.BoolVar(&ceremony.print, "print", false, "print the pins instead of writing them to the configuration")
+	flags.BoolVar(&ceremony.print, "print", false, "print the pins instead of writing them to the configuration, and make no database")
 	requireFlag(cmd, "config")
 	return cmd
 }
@@ -75,7 +77,10 @@ func (c *ceremony) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	return c.record(before, pins)
+	if err := c.record(before, pins); err != nil {
+		return err
+	}
+	return c.makeDatabase(ctx, &cfg)
 }
 
 // readSOPIN reads it once, also where it comes from standard input. nil if
@@ -152,6 +157,20 @@ func (c *ceremony) record(before, pins hsm.Pins) error {
 	}
 	c.say("Back up the token now: without its vault key, nothing that customers import can be used again.")
 	return nil
+}
+
+// makeDatabase makes an empty database where there is none. With --print
+// nothing is written on this machine, which may not be the server.
+func (c *ceremony) makeDatabase(ctx context.Context, cfg *config) error {
+	if c.print || cfg.Store.SQLite == "" || cfg.hasDatabase() {
+		return nil
+	}
+	db, err := sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite, Logger: c.log})
+	if err != nil {
+		return err
+	}
+	c.say("Made the database %s. It is empty: if there was one before, put that in its place.", cfg.Store.SQLite)
+	return db.Close()
 }
 
 func (c *ceremony) say(format string, args ...any) {

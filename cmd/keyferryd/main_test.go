@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/rogpeppe/go-internal/testscript"
@@ -18,6 +19,7 @@ import (
 // TestMain makes this binary the command keyferryd for scripts and for tests
 // that kill it.
 func TestMain(m *testing.M) {
+	syscall.Umask(0o022) // "dev" refuses directories that a group can write to
 	testscript.Main(m, map[string]func(){"keyferryd": main})
 }
 

@@ -11,7 +11,10 @@ func serveCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve --config FILE",
 		Short: "Serve the API as the configuration says",
-		Args:  cobra.NoArgs,
+		Long: `Serves the API from what "keyferryd init" made: the keys of the token and the
+database. It makes neither itself: a database that is missing was lost or is
+elsewhere, and an empty one in its place would hide that.`,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := loadConfig(path)
 			if err != nil {
@@ -19,6 +22,9 @@ func serveCommand() *cobra.Command {
 			}
 			if err := cfg.validate(); err != nil {
 				return fmt.Errorf("%s: %w", path, err)
+			}
+			if !cfg.hasDatabase() {
+				return fmt.Errorf("there is no database at %s: restore it, or on a new server make it with %q", cfg.Store.SQLite, "keyferryd init")
 			}
 			log := newLogger(cfg.Log, cmd.ErrOrStderr())
 			return serve(cmd.Context(), &cfg, cmd.OutOrStdout(), log, nil)

@@ -114,6 +114,7 @@ func TestInitAndServe(t *testing.T) {
 	said := s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))
 	require.Contains(t, said, `Initialised the token "site", serial `)
 	require.Contains(t, said, "Back up the token now")
+	require.Contains(t, said, "Made the database "+s.file("keyferry.db"))
 	after, err := os.ReadFile(s.config)
 	require.NoError(t, err)
 	require.Equal(t, string(before), withoutPins(t, string(after)), "nothing else of the file has changed")
@@ -154,6 +155,17 @@ func TestInitAndServe(t *testing.T) {
 	require.Error(t, err)
 	require.Regexp(t, `\Akeyferryd: [^\n]*in use already[^\n]*\n\z`, stderr)
 	require.NoError(t, server.stop())
+
+	// A database that is gone is not replaced by an empty one, unless init is
+	// told to.
+	require.NoError(t, os.Remove(s.file("keyferry.db")))
+	_, stderr, err = s.keyferryd(t, "serve")
+	require.Error(t, err)
+	require.Regexp(t, `\Akeyferryd: there is no database at .*/keyferry\.db: restore it, or on a new server make it with "keyferryd init"\n\z`, stderr)
+	require.NotContains(t, s.init(t, "--print"), "Made the database")
+	require.NoFileExists(t, s.file("keyferry.db"))
+	require.Contains(t, s.init(t), "It is empty: if there was one before, put that in its place.")
+	require.FileExists(t, s.file("keyferry.db"))
 }
 
 // withoutPins takes the lines of token.pins out.
@@ -174,6 +186,7 @@ func TestServeRefusesTheWrongToken(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "")
 	s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))
+	s.write(t, "short", "fifteen letters\n")
 	good, err := os.ReadFile(s.config)
 	require.NoError(t, err)
 	cfg, err := loadConfig(s.config)
@@ -185,6 +198,7 @@ func TestServeRefusesTheWrongToken(t *testing.T) {
 		"other label":    {"label: site", "label: another", `no initialised token labelled "another".*keyferryd init --init-token`},
 		"other serial":   {pins.Serial, strings.Repeat("0", len(pins.Serial)), `serial.*not the pinned.*check that token\.module, token\.label and token\.pins`},
 		"other vault":    {pins.VaultAES.String(), strings.Repeat("11", 32), `(?i)vault.*token\.pins`},
+		"short secret":   {"secret_file: secret", "secret_file: short", `the secret of access key tester can be guessed: put at least 16 random characters into .*/short`},
 		"no PIN file":    {"user_pin_file: user-pin", "user_pin_file: gone", `gone: no such file`},
 		"wrong PIN":      {"user_pin_file: user-pin", "user_pin_file: so-pin", `put the right PIN into .*so-pin \(it was tried once`},
 	} {
@@ -199,7 +213,7 @@ func TestServeRefusesTheWrongToken(t *testing.T) {
 			for _, line := range lines[:len(lines)-1] {
 				require.Contains(t, line, "level=", "only the log stands above it")
 			}
-			for _, file := range []string{"so-pin", "user-pin"} {
+			for _, file := range []string{"so-pin", "user-pin", "short"} {
 				pin, err := os.ReadFile(s.file(file))
 				require.NoError(t, err)
 				require.NotContains(t, stderr, strings.TrimSpace(string(pin)))

@@ -24,6 +24,10 @@ type service struct {
 	store   *sqlite.Store
 }
 
+// minSecretLen is for secrets of access keys, in bytes. Whoever records a signed
+// request can guess at its secret for ever.
+const minSecretLen = 16
+
 // openService opens what a valid configuration names.
 func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service, err error) {
 	secrets := map[string]acs.Secret{}
@@ -31,6 +35,10 @@ func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service
 		secret, err := readSecret(key.SecretFile, log)
 		if err != nil {
 			return nil, fmt.Errorf("the secret of access key %s: %w", key.ID, err)
+		}
+		if len(secret) < minSecretLen {
+			clear(secret)
+			return nil, fmt.Errorf("the secret of access key %s can be guessed: put at least %d random characters into %s", key.ID, minSecretLen, key.SecretFile)
 		}
 		secrets[key.ID] = acs.NewSecret(secret)
 		clear(secret)
