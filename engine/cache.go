@@ -128,12 +128,21 @@ func (l *load) wait(ctx context.Context) error {
 // fill opens a key and keeps it. It returns neither key nor error if the key
 // was dropped meanwhile and has to be read again.
 func (c *cache) fill(ctx context.Context, ref keyRef, l *load) (*openKey, error) {
-	k, err := c.load(ctx, ref)
+	var k *openKey
+	err := errPanicked
+	defer func() {
+		if errors.Is(err, errPanicked) { // others wait for this load
+			c.mu.Lock()
+			defer c.mu.Unlock()
+			c.ended(ref, l)
+			l.err = &Error{Kind: Internal, cause: errPanicked}
+			close(l.done)
+		}
+	}()
+	k, err = c.load(ctx, ref)
 	var closing []*openKey
 	c.mu.Lock()
-	if c.loading[ref] == l {
-		delete(c.loading, ref)
-	}
+	c.ended(ref, l)
 	switch {
 	case err != nil:
 		l.err = err
@@ -158,6 +167,17 @@ func (c *cache) fill(ctx context.Context, ref keyRef, l *load) (*openKey, error)
 		c.discard(k)
 	}
 	return k, err
+}
+
+// errPanicked: a load ended without a result.
+var errPanicked = errors.New("opening the key panicked")
+
+// ended removes a load from those that others may join. The caller holds
+// cache.mu.
+func (c *cache) ended(ref keyRef, l *load) {
+	if c.loading[ref] == l {
+		delete(c.loading, ref)
+	}
 }
 
 // evict takes the keys that were not used for longest out of a cache that is

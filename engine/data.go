@@ -116,6 +116,7 @@ func (e *Engine) Decrypt(ctx context.Context, blob []byte, encryptionContext map
 	case errors.Is(err, KeyNotFound):
 		return Plaintext{}, &Error{Kind: InvalidCiphertext}
 	case err != nil:
+		clear(out.Plaintext) // decrypted, and expired meanwhile
 		return Plaintext{}, err
 	}
 	return out, nil
@@ -170,29 +171,38 @@ func (in *DataKeyInput) length() (int, error) {
 const maxLosses = 3
 
 // use lends an open key to fn, and opens it again if its handle turns out to
-// be gone.
+// be gone. What fn did counts only if the material had not expired when it was
+// done: fn may have waited for a session.
 func (e *Engine) use(ctx context.Context, ref keyRef, fn func(*openKey) error) error {
 	var err error
 	for range maxLosses {
-		var k *openKey
-		if k, err = e.cache.get(ctx, ref); err != nil {
-			return err
+		if err = e.lend(ctx, ref, fn); !errors.Is(err, hsm.ErrKeyLost) {
+			break
 		}
-		if e.now().Unix() >= k.expireAt {
-			e.cache.dropOpen(k)
-			e.cache.release(k)
-			return &Error{Kind: KeyPendingImport}
-		}
-		err = fn(k)
-		if !errors.Is(err, hsm.ErrKeyLost) {
-			e.cache.release(k)
-			return dataError(err)
-		}
-		e.cache.dropOpen(k)
-		e.cache.release(k)
 	}
 	return dataError(err)
 }
+
+func (e *Engine) lend(ctx context.Context, ref keyRef, fn func(*openKey) error) error {
+	k, err := e.cache.get(ctx, ref)
+	if err != nil {
+		return err
+	}
+	defer e.cache.release(k)
+	if !e.expired(k) {
+		err = fn(k)
+	}
+	switch {
+	case e.expired(k):
+		err = &Error{Kind: KeyPendingImport}
+	case !errors.Is(err, hsm.ErrKeyLost):
+		return err
+	}
+	e.cache.dropOpen(k)
+	return err
+}
+
+func (e *Engine) expired(k *openKey) bool { return e.now().Unix() >= k.expireAt }
 
 // dataError gives an error of the token its meaning for the data plane. Errors
 // of the engine stay as they are.

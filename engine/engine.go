@@ -9,8 +9,9 @@
 // What it guarantees:
 //
 //   - Key material is in the clear nowhere but in the token.
-//   - An import that was answered is durable, and one that failed has changed
-//     nothing: a CMK is never Enabled by it.
+//   - An import that was answered is durable. One that was refused has changed
+//     nothing: a CMK is never Enabled by it. One that ended Unavailable may
+//     have taken effect, as a whole or not at all.
 //   - A CMK has one material for its whole life, even across deletion and
 //     expiry; what identifies it is measured in the token.
 //   - Material stops working in the second in which it expires, and when
@@ -101,11 +102,14 @@ type Engine struct {
 	failureFloor  time.Duration
 	failureBudget int
 	attempts      attempts
+	failures      failures
 
 	cache    *cache
 	usage    *usage
 	pool     *pool
 	sweeping chan struct{} // held while sweeping
+
+	reconciled time.Time // of sweeping: when the pairs of token and store were
 
 	life context.Context // ends with Close
 	end  context.CancelFunc
@@ -195,12 +199,9 @@ func (e *Engine) Close() error {
 
 // Health returns nil if store and token answer.
 func (e *Engine) Health(ctx context.Context) error {
-	instance, err := e.store.Instance(ctx)
-	if err != nil {
+	// A read that no store answers from memory.
+	if _, err := e.store.PairCounts(ctx, e.second()); err != nil {
 		return storeError(err)
-	}
-	if instance != e.instance {
-		return &Error{Kind: Internal, cause: errors.New("the store is another one than at the start")}
 	}
 	if _, err := e.token.Random(ctx, 16); err != nil {
 		return tokenError(err)

@@ -12,7 +12,8 @@ import (
 )
 
 // ImportKeyMaterial imports wrapped material into a CMK. When it returns nil
-// the material, its identity, its expiry and the CMK's state are durable.
+// the material, its identity, its expiry and the CMK's state are durable; after
+// Unavailable they may be, as a whole. Any other error has changed nothing.
 //
 // The first import decides for ever which material a CMK has. Later ones bring
 // back the same material, or give it another expiry.
@@ -24,12 +25,22 @@ import (
 // Config.FailureBudget of them the token is InvalidImportToken for ever.
 func (e *Engine) ImportKeyMaterial(ctx context.Context, in ImportInput) (KeyMetadata, error) {
 	start := time.Now() // not Config.Now: the floor is real time
-	metadata, err := e.importMaterial(ctx, &in)
-	if errors.Is(err, InvalidKeyMaterial) {
-		waitForFloor(ctx, start, e.failureFloor)
-		return KeyMetadata{}, &Error{Kind: InvalidKeyMaterial}
+	if err := in.check(e.now()); err != nil {
+		return KeyMetadata{}, err
 	}
-	return metadata, err
+	a, err := e.admit(ctx, &in)
+	if err != nil {
+		return KeyMetadata{}, err
+	}
+	defer e.attempts.end(a.token.id)
+	if err := e.importMaterial(ctx, &in, a); err != nil {
+		waitForFloor(ctx, start, e.failureFloor)
+		if errors.Is(err, InvalidKeyMaterial) {
+			err = &Error{Kind: InvalidKeyMaterial}
+		}
+		return KeyMetadata{}, err
+	}
+	return metadataOf(&a.row), nil
 }
 
 // waitForFloor waits until the time since start is a multiple of floor, so
@@ -38,37 +49,29 @@ func waitForFloor(ctx context.Context, start time.Time, floor time.Duration) {
 	rest(ctx, floor-time.Since(start)%floor)
 }
 
-func (e *Engine) importMaterial(ctx context.Context, in *ImportInput) (KeyMetadata, error) {
-	if err := in.check(e.now()); err != nil {
-		return KeyMetadata{}, err
-	}
-	a, err := e.admit(ctx, in)
-	if err != nil {
-		return KeyMetadata{}, err
-	}
-	defer e.attempts.end(a.token.id)
-
+// importMaterial does an import that was admitted.
+func (e *Engine) importMaterial(ctx context.Context, in *ImportInput, a *admitted) error {
 	imported, err := e.unwrap(ctx, in, a)
 	if err != nil {
-		return KeyMetadata{}, err
+		return err
 	}
 	for range maxConflicts {
 		err := e.commitImport(ctx, in, a, &imported)
 		switch {
 		case err == nil:
-			return metadataOf(&a.row), nil
+			return nil
 		case errors.Is(err, errOtherMaterial):
-			return KeyMetadata{}, e.refuseMaterial(ctx, a)
+			return e.refuseMaterial(ctx, a)
 		case !errors.Is(err, store.ErrConflict):
-			return KeyMetadata{}, err
+			return err
 		}
 		// Someone changed the CMK meanwhile. What the token measured stays
 		// true; whether it may be imported is judged anew.
 		if _, err := e.judge(ctx, in, a); err != nil {
-			return KeyMetadata{}, err
+			return err
 		}
 	}
-	return KeyMetadata{}, &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
+	return &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
 }
 
 // check refuses what is wrong with a request by itself.
@@ -162,7 +165,7 @@ func (e *Engine) judge(ctx context.Context, in *ImportInput, a *admitted) (failu
 		return 0, err
 	}
 	a.row, a.pair = row, known.Pair
-	return known.Failures, e.judgeRequest(in, a)
+	return e.failures.most(known.ID, known.Failures), e.judgeRequest(in, a)
 }
 
 // judgeToken refuses an import token that is not ours, for another CMK, used
@@ -175,8 +178,9 @@ func (e *Engine) judgeToken(ctx context.Context, in *ImportInput, token *importT
 		return err
 	}
 	inStore := token.matches(known)
+	used := e.failures.most(token.id, known.Failures)
 	switch {
-	case token.keyID != in.KeyID, inStore && known.Failures >= e.failureBudget:
+	case token.keyID != in.KeyID, inStore && (used >= e.failureBudget || used < 0):
 		return &Error{Kind: InvalidImportToken}
 	case due(token.expiresAt, e.second()):
 		return &Error{Kind: ExpiredImportToken} // also when the sweep has removed its row
@@ -287,6 +291,7 @@ func equalOrNil(expected, measured []byte) bool {
 // caller who hangs up does not keep it from being counted. If it cannot be
 // counted the answer is the one that good material would have got as well.
 func (e *Engine) refuseMaterial(ctx context.Context, a *admitted) error {
+	e.failures.add(&a.token)
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), closeTimeout)
 	defer cancel()
 	failures, err := e.store.CountFailure(ctx, a.token.id)

@@ -1,9 +1,11 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"sync"
@@ -99,36 +101,36 @@ func (e *Engine) generate(ctx context.Context) {
 	}
 }
 
-// fill makes one pair for the offer that has the fewest, or reports that every
-// pool is full.
+// fill makes one pair for an offer that lacks one, of those with the fewest
+// first, or reports that every pool is full. An offer that the token cannot
+// serve does not keep the others from being served: the error is only returned
+// if no pair could be made at all.
 func (e *Engine) fill(ctx context.Context) (full bool, err error) {
 	counts, err := e.store.PairCounts(ctx, e.second())
 	if err != nil {
 		return false, err
 	}
-	var emptiest WrappingOffer
-	fewest := e.pool.size
-	for _, offer := range e.offers {
-		ready := 0
-		for _, c := range counts {
-			if c.Spec == string(offer.Spec) && c.Algorithm == string(offer.Algorithm) {
-				ready = c.Ready
-			}
-		}
-		if ready < fewest {
-			emptiest, fewest = offer, ready
-		}
+	ready := make(map[WrappingOffer]int, len(counts))
+	for _, c := range counts {
+		ready[WrappingOffer{hsm.PairSpec(c.Spec), hsm.Algorithm(c.Algorithm)}] = c.Ready
 	}
-	if fewest == e.pool.size {
-		return true, nil
+	lacking := slices.DeleteFunc(slices.Clone(e.offers), func(o WrappingOffer) bool { return ready[o] >= e.pool.size })
+	slices.SortStableFunc(lacking, func(a, b WrappingOffer) int { return cmp.Compare(ready[a], ready[b]) })
+	var failed error
+	for _, offer := range lacking {
+		err := e.addPair(ctx, offer)
+		if err == nil {
+			return false, nil
+		}
+		failed = errors.Join(failed, fmt.Errorf("%s for %s: %w", offer.Spec, offer.Algorithm, err))
 	}
-	return false, e.addPair(ctx, emptiest)
+	return len(lacking) == 0, failed
 }
 
 // addPair makes a pair in the token and then its row. Without the row the pair
 // is destroyed again; if that fails too, the next start finds it.
 func (e *Engine) addPair(ctx context.Context, offer WrappingOffer) error {
-	info, err := e.token.GeneratePair(ctx, e.instance, offer.Spec, offer.Algorithm)
+	info, err := e.token.GeneratePair(ctx, e.instance, e.second(), offer.Spec, offer.Algorithm)
 	if err != nil {
 		return err
 	}
@@ -158,10 +160,28 @@ func (e *Engine) destroyPair(ctx context.Context, id [16]byte) error {
 	return e.store.DeletePair(ctx, id)
 }
 
-// reconcilePairs brings token and store together at start-up, after whatever
-// ended the last run: pairs of this store that have no row are destroyed, rows
-// whose pair is gone are removed, and ready pairs that are no longer offered
-// are retired, for the sweep to destroy.
+// Ages of wrapping pairs.
+const (
+	// youngPair: a pair without a row that is no older may be about to get
+	// one, from a node that is making it at this moment.
+	youngPair = 10 * time.Minute
+	// maxReady is how long a pair waits for its first import token.
+	maxReady = 7 * 24 * time.Hour
+	// maxPair is the age at which a pair is destroyed whatever its row says:
+	// rows of pairs have no MAC, and what was wrapped under a pair is safe
+	// from the PIN only once that is gone.
+	maxPair = maxReady + ImportTokenLife + shareWindow + time.Hour
+)
+
+// reconcileInterval is how often the pairs of token and store are compared.
+const reconcileInterval = time.Hour
+
+// reconcilePairs brings token and store together, at the start, after whatever
+// ended the last run, and now and then: pairs of this store that have no row,
+// and those that are too old by the token's own word, are destroyed; rows whose
+// pair is gone are removed; ready pairs that are no longer offered, or have
+// waited too long, are retired, for the sweep to destroy. A pair that cannot be
+// destroyed is logged and left: someone may have planted it for the purpose.
 func (e *Engine) reconcilePairs(ctx context.Context) error {
 	inToken, err := e.token.Pairs(ctx, e.instance)
 	if err != nil {
@@ -171,6 +191,7 @@ func (e *Engine) reconcilePairs(ctx context.Context) error {
 	if err != nil {
 		return storeError(err)
 	}
+	now := e.second()
 	known := make(map[hsm.PairID]bool, len(rows))
 	for i := range rows {
 		known[rows[i].ID] = true
@@ -178,36 +199,41 @@ func (e *Engine) reconcilePairs(ctx context.Context) error {
 	there := make(map[hsm.PairID]bool, len(inToken))
 	for _, pair := range inToken {
 		there[pair.ID] = true
-		if known[pair.ID] {
+		age := now.Sub(pair.CreatedAt)
+		if known[pair.ID] && age < maxPair || !known[pair.ID] && age < youngPair {
 			continue
 		}
-		if err := e.token.DestroyPair(ctx, pair.ID); err != nil {
-			return tokenError(err)
+		if err := e.destroyPair(ctx, pair.ID); err != nil {
+			e.log.LogAttrs(ctx, slog.LevelError, "a wrapping pair that nobody may use any more cannot be destroyed; look at it in the token",
+				slog.String("pair", pairName(pair.ID)), slog.Any("error", err))
+			continue
 		}
-		e.log.LogAttrs(ctx, slog.LevelInfo, "destroyed a wrapping pair that a crash left behind",
-			slog.String("pair", pairName(pair.ID)))
+		there[pair.ID] = false
+		e.log.LogAttrs(ctx, slog.LevelInfo, "destroyed a wrapping pair that had no row, or was too old",
+			slog.String("pair", pairName(pair.ID)), slog.Duration("age", age))
 	}
 	for i := range rows {
-		if err := e.reconcilePair(ctx, &rows[i], there[rows[i].ID]); err != nil {
+		if err := e.reconcilePair(ctx, &rows[i], there[rows[i].ID], now); err != nil {
 			return storeError(err)
 		}
 	}
+	e.reconciled = now
 	return nil
 }
 
-func (e *Engine) reconcilePair(ctx context.Context, row *store.Pair, there bool) error {
+func (e *Engine) reconcilePair(ctx context.Context, row *store.Pair, there bool, now time.Time) error {
 	if !there {
 		e.log.LogAttrs(ctx, slog.LevelWarn, "removed the row of a wrapping pair that is not in the token",
 			slog.String("pair", pairName(row.ID)))
 		return e.store.DeletePair(ctx, row.ID)
 	}
 	offered := slices.Contains(e.offers, WrappingOffer{hsm.PairSpec(row.Spec), hsm.Algorithm(row.Algorithm)})
-	if offered || !row.BoundAt.IsZero() {
+	if offered && now.Sub(row.CreatedAt) < maxReady || !row.BoundAt.IsZero() {
 		return nil
 	}
-	err := e.store.RetirePair(ctx, row.ID, e.second())
-	if errors.Is(err, store.ErrConflict) {
-		return nil // bound meanwhile, or retired already
+	err := e.store.RetirePair(ctx, row.ID, now)
+	if errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNotFound) {
+		return nil // bound or gone meanwhile, or retired already
 	}
 	return err
 }

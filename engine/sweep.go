@@ -3,6 +3,7 @@ package engine
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -41,7 +42,13 @@ func (e *Engine) Sweep(ctx context.Context) error {
 		return ctx.Err()
 	}
 	now := e.second()
+	var reconciled error
+	if now.Sub(e.reconciled) >= reconcileInterval {
+		reconciled = e.reconcilePairs(ctx)
+	}
+	e.failures.forget(now)
 	return errors.Join(
+		reconciled,
 		e.sweepKeys(ctx, now),
 		e.sweepPairs(ctx, now),
 		e.store.DeleteNonces(ctx, now),
@@ -108,19 +115,28 @@ func (e *Engine) sweepKey(ctx context.Context, stored *store.Key, now time.Time)
 
 // sweepPairs destroys the pairs whose last import token has expired. A pair is
 // shared only soon after it was bound, so none that is due gets a new token.
+// One that cannot be destroyed must not save those behind it.
 func (e *Engine) sweepPairs(ctx context.Context, now time.Time) error {
+	var failed error
+	skipped := make(map[[16]byte]bool)
 	for {
-		due, err := e.store.Pairs(ctx, now, sweepBatch)
+		limit := sweepBatch + len(skipped)
+		due, err := e.store.Pairs(ctx, now, limit)
 		if err != nil {
-			return err
+			return errors.Join(failed, err)
 		}
 		for i := range due {
-			if err := e.destroyPair(ctx, due[i].ID); err != nil {
-				return err
+			id := due[i].ID
+			if skipped[id] {
+				continue
+			}
+			if err := e.destroyPair(ctx, id); err != nil {
+				skipped[id] = true
+				failed = errors.Join(failed, fmt.Errorf("wrapping pair %s: %w", pairName(id), err))
 			}
 		}
-		if len(due) < sweepBatch {
-			return nil
+		if len(due) < limit || ctx.Err() != nil {
+			return failed
 		}
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"math"
+	"math/bits"
 	"sync"
 	"sync/atomic"
 
@@ -181,10 +182,15 @@ func (c *counter) load(ctx context.Context) error {
 	return nil
 }
 
-// charged is a row's count with what boots before this one may have lost. It
-// does not overflow before 2^48 boots.
+// charged is a row's count with what boots before this one may have lost. The
+// boot number has no MAC, so someone may have made it any number.
 func (u *usage) charged(row *store.Usage, boot uint64) uint64 {
-	return row.Uses + (boot-row.Boot)*u.unwritten
+	over, lost := bits.Mul64(boot-row.Boot, u.unwritten)
+	uses, carry := bits.Add64(row.Uses, lost, 0)
+	if over|carry != 0 {
+		return math.MaxUint64
+	}
+	return uses
 }
 
 // write stores the count of one CMK on its caller's time.

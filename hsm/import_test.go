@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -218,7 +219,7 @@ func TestCallsOfEachOperation(t *testing.T) {
 func TestImportUnderLargerPairs(t *testing.T) {
 	b := newBench(t, hsm.OAEPSHA1)
 	for _, spec := range []hsm.PairSpec{hsm.RSA3072, hsm.RSA4096} {
-		info, err := b.token.GeneratePair(context.Background(), instance, spec, hsm.OAEPSHA1)
+		info, err := b.token.GeneratePair(context.Background(), instance, time.Now(), spec, hsm.OAEPSHA1)
 		require.NoError(t, err)
 		require.Equal(t, spec, info.Spec)
 		pub := parse(t, info.SPKI)

@@ -59,7 +59,7 @@ func newBench(t testing.TB, alg hsm.Algorithm, change ...func(*hsm.Config)) *ben
 
 func newSM2Pair(t testing.TB, token *hsm.Token) (hsm.PairInfo, *ecdsa.PublicKey) {
 	t.Helper()
-	info, err := token.GeneratePair(context.Background(), instance, hsm.ECSM2, hsm.SM2PKE)
+	info, err := token.GeneratePair(context.Background(), instance, time.Now(), hsm.ECSM2, hsm.SM2PKE)
 	require.NoError(t, err)
 	pub, err := smx509.ParsePKIXPublicKey(info.SPKI)
 	require.NoError(t, err)
@@ -76,7 +76,7 @@ func open(t testing.TB, cfg hsm.Config) *hsm.Token {
 
 func newPair(t testing.TB, token *hsm.Token, alg hsm.Algorithm) (hsm.PairInfo, *rsa.PublicKey) {
 	t.Helper()
-	info, err := token.GeneratePair(context.Background(), instance, hsm.RSA2048, alg)
+	info, err := token.GeneratePair(context.Background(), instance, time.Now(), hsm.RSA2048, alg)
 	require.NoError(t, err)
 	return info, parse(t, info.SPKI)
 }

@@ -73,10 +73,11 @@ type TokenPair struct {
 
 // GeneratePair makes a wrapping pair on the token and proves it by a round
 // trip. It takes a tenth of a second or more of the token's time. instance, 16
-// hexadecimal digits, marks the pair for Pairs.
+// hexadecimal digits, and the time by the caller's clock mark the pair for
+// Pairs.
 //
 // When an error is returned the pair may still be on the token; Pairs lists it.
-func (t *Token) GeneratePair(ctx context.Context, instance string, spec PairSpec, alg Algorithm) (PairInfo, error) {
+func (t *Token) GeneratePair(ctx context.Context, instance string, now time.Time, spec PairSpec, alg Algorithm) (PairInfo, error) {
 	if err := t.Offers(spec, alg); err != nil {
 		return PairInfo{}, err
 	}
@@ -87,7 +88,7 @@ func (t *Token) GeneratePair(ctx context.Context, instance string, spec PairSpec
 		if _, err := rand.Read(id[:]); err != nil {
 			return err
 		}
-		label := pairLabel{instance, alg, time.Now().UTC()}
+		label := pairLabel{instance, alg, now}
 		generate := c.generateRSA
 		if alg == SM2PKE {
 			generate = c.generateSM2

@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"testing"
+	"time"
 
 	"github.com/miekg/pkcs11"
 	"github.com/stretchr/testify/require"
@@ -84,7 +85,7 @@ func TestPairsAreOfferedAsProven(t *testing.T) {
 		err := b.token.Offers(c.spec, c.alg)
 		require.ErrorIs(t, err, hsm.ErrUnsupported)
 		require.ErrorContains(t, err, c.text)
-		_, err = b.token.GeneratePair(ctx, instance, c.spec, c.alg)
+		_, err = b.token.GeneratePair(ctx, instance, time.Now(), c.spec, c.alg)
 		require.ErrorIs(t, err, hsm.ErrUnsupported)
 	}
 }
@@ -188,7 +189,7 @@ func TestGeneratedPairIsProven(t *testing.T) {
 	require.NoError(t, err)
 	tap := hsmtest.On(t, b.soft.Module)
 	tap.Inject(hsmtest.Fault{Call: "C_UnwrapKey", RV: pkcs11.CKR_FUNCTION_FAILED})
-	_, err = b.token.GeneratePair(context.Background(), instance, hsm.RSA2048, hsm.OAEPSHA1)
+	_, err = b.token.GeneratePair(context.Background(), instance, time.Now(), hsm.RSA2048, hsm.OAEPSHA1)
 	require.ErrorIs(t, err, hsm.ErrUnavailable)
 	require.Equal(t, 1, tap.Heal())
 	after, err := b.token.Pairs(context.Background(), instance)
