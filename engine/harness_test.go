@@ -31,8 +31,12 @@ import (
 // Each random walk of a property test takes a token some tenths of a second;
 // there are few of them unless slow tests are wanted.
 func TestMain(m *testing.M) {
+	settings := map[string]string{"rapid.nofailfile": "true"} // materials are random anyway
 	if os.Getenv("KEYFERRY_SLOW") == "" {
-		if err := flag.Set("rapid.checks", "15"); err != nil {
+		settings["rapid.checks"] = "15"
+	}
+	for name, value := range settings {
+		if err := flag.Set(name, value); err != nil {
 			panic(err)
 		}
 	}
