@@ -61,12 +61,16 @@ func (e *Engine) checkOffer(offer WrappingOffer) error {
 	case !slices.Contains(algorithms, offer.Algorithm):
 		return invalid("WrappingAlgorithm", fmt.Sprintf("known: %s", joined(algorithms)))
 	}
-	hint := "not offered here"
-	if err := e.token.Offers(offer.Spec, offer.Algorithm); err != nil {
-		hint = err.Error()
+	// Why the token lacks it is in its operator's log.
+	offered := make([]string, len(e.offers))
+	for i, o := range e.offers {
+		offered[i] = o.String()
 	}
-	return invalid("WrappingAlgorithm", hint)
+	return invalid("WrappingAlgorithm", fmt.Sprintf("this server does not offer %s; it offers %s", offer, strings.Join(offered, ", ")))
 }
+
+// String is how an offer is written in hints.
+func (o WrappingOffer) String() string { return string(o.Algorithm) + " with " + string(o.Spec) }
 
 func joined[T ~string](values []T) string { return strings.Join(names(values), ", ") }
 
