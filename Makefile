@@ -33,8 +33,10 @@ demo: deps build ## walk through the life of a customer's key
 # In GOFLAGS it holds for the programs too that tests build: nothing is compiled
 # twice.
 test: export GOFLAGS := $(GOFLAGS) $(race)
+# Results of slow runs are not taken from the cache, which does not see every
+# look at the environment.
 test: deps ## run the tests, with the race detector, on real SoftHSM2 tokens
-	$(GO) test $(race) -timeout 20m ./...
+	$(GO) test $(race) $(if $(KEYFERRY_SLOW),-count=1) -timeout 20m ./...
 
 .PHONY: test-all
 test-all: export KEYFERRY_SLOW := 1
@@ -45,7 +47,7 @@ test-container: ## run the tests in a container, then keyferryd in one against S
 	softhsm/test-container.sh
 
 .PHONY: bench
-bench: deps ## measure the engine beside bare PKCS#11 calls
+bench: deps ## measure the engine, the token and the store beside bare calls
 	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/... ./hsm/...
 
 # The tools of "make lint", each built once and kept by its version.
