@@ -6,6 +6,8 @@ import (
 	"net"
 	"os"
 	"syscall"
+
+	"golang.org/x/net/netutil"
 )
 
 // boundPort is an address that is taken but does not answer yet. The port is
@@ -99,6 +101,10 @@ func socketAddress(a *net.TCPAddr) (family int, to syscall.Sockaddr) {
 	return syscall.AF_INET6, to6
 }
 
+// maxConnections are served at a time, idle ones too; further ones wait. One
+// costs up to 200 KB while its headers arrive.
+const maxConnections = 512
+
 // listen lets the port answer. It uses p up.
 func (p *boundPort) listen() (net.Listener, error) {
 	defer p.close()
@@ -112,7 +118,10 @@ func (p *boundPort) listen() (net.Listener, error) {
 	f := os.NewFile(uintptr(p.fd), "tcp:"+p.addr.String())
 	p.fd = -1
 	l, err := net.FileListener(f) // with a descriptor of its own
-	return l, errors.Join(err, f.Close())
+	if err = errors.Join(err, f.Close()); err != nil {
+		return nil, err
+	}
+	return netutil.LimitListener(l, maxConnections), nil
 }
 
 // close gives the address back. It may be called again and after listen.

@@ -38,7 +38,7 @@ func TestContainer(t *testing.T) {
 	before := map[string]kept{}
 	for how, client := range b.clients(t) {
 		t.Run(how, func(t *testing.T) {
-			live(t, client, byok.OAEPSHA1)
+			live(t, client, voyage{byok.AES256, byok.OAEPSHA1})
 			before[how] = keep(t, client)
 		})
 	}
@@ -53,7 +53,7 @@ func TestContainer(t *testing.T) {
 			require.NoError(t, err)
 			require.Equal(t, before[how].plaintext, plaintext)
 			require.Equal(t, before[how].keyID, keyID)
-			live(t, client, byok.OAEPSHA1)
+			live(t, client, voyage{byok.AES256, byok.OAEPSHA1})
 		})
 	}
 }

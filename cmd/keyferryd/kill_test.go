@@ -14,8 +14,10 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
+	"go.yaml.in/yaml/v3"
 
 	"github.com/keyferry/keyferry/engine/byok"
+	"github.com/keyferry/keyferry/hsm"
 )
 
 // ledger is what one customer was told: every entry of it must hold after the
@@ -93,6 +95,8 @@ func TestKillsDuringImports(t *testing.T) {
 	t.Parallel()
 	const kills, customers = 20, 4
 	dir := t.TempDir()
+	require.NoError(t, startDevServer(t, dir).stop())
+	shareOnePair(t, dir)
 	s := startDevServer(t, dir)
 	far := time.Now().Add(1000 * time.Hour).Unix()
 	var all []*ledger
@@ -140,12 +144,25 @@ func TestKillsDuringImports(t *testing.T) {
 	require.NoError(t, s.stop())
 }
 
+// shareOnePair leaves the server of a dev directory with next to no wrapping
+// pairs to make, which would take more time than all that is tested.
+func shareOnePair(t *testing.T, dir string) {
+	t.Helper()
+	path := filepath.Join(dir, devConfigFile)
+	cfg, err := loadConfig(path)
+	require.NoError(t, err)
+	cfg.Token.AllowPKCS1v15 = false
+	cfg.Pairs = pairsConfig{Specs: []hsm.PairSpec{hsm.RSA2048}, Ready: 1, Outstanding: 1}
+	text, err := yaml.Marshal(cfg)
+	require.NoError(t, err)
+	require.NoError(t, os.WriteFile(path, text, 0o600))
+}
+
 // The first set-up is killed as soon as a file of it appears; the next start
 // finishes it.
 func TestKillsDuringFirstSetUp(t *testing.T) {
 	for _, file := range []string{
-		devUnfinished, devSOPIN, devSecret, "softhsm2.conf", "tokens/*", "tokens/*/token.object", "tokens/*/*.object",
-		devConfigFile, devDatabase, "credentials.json",
+		devUnfinished, devSecret, "tokens/*", "tokens/*/token.object", "tokens/*/*-*.object", devConfigFile, devDatabase, "credentials.json",
 	} {
 		t.Run(file, func(t *testing.T) {
 			t.Parallel()

@@ -16,9 +16,19 @@ import (
 	"github.com/keyferry/keyferry/engine/byok"
 )
 
-// algorithms are those of the published API that wrap symmetric material under
-// an RSA key.
-var algorithms = []string{byok.OAEPSHA1, byok.OAEPSHA256, byok.PKCS1v15}
+// algorithms are those of the published API that wrap symmetric material.
+var algorithms = []string{byok.OAEPSHA1, byok.OAEPSHA256, byok.PKCS1v15, byok.SM2PKE}
+
+// pairSpecOf is the WrappingKeySpec that goes with an algorithm.
+func pairSpecOf(algorithm string) string {
+	if algorithm == byok.SM2PKE {
+		return "EC_SM2"
+	}
+	return "RSA_2048"
+}
+
+// voyage is what varies from one life of a key to another.
+type voyage struct{ keySpec, algorithm string }
 
 // readCredentials reads what "dev" wrote.
 func readCredentials(t testing.TB, dir string) credentials {
@@ -30,39 +40,79 @@ func readCredentials(t testing.TB, dir string) credentials {
 	return c
 }
 
-// offered are the algorithms that this token has, as the server says.
-func offered(t *testing.T, c *client) []string {
+// offered are the voyages that this token can make, as the server says.
+func offered(t *testing.T, c *client) []voyage {
 	t.Helper()
-	var key struct{ KeyMetadata keyState }
-	require.NoError(t, c.call(t.Context(), "CreateKey", map[string]string{"Origin": "EXTERNAL"}, &key))
-	var has []string
-	for _, algorithm := range algorithms {
-		err := c.call(t.Context(), "GetParametersForImport", map[string]string{
-			"KeyId": key.KeyMetadata.KeyID, "WrappingAlgorithm": algorithm, "WrappingKeySpec": "RSA_2048",
-		}, nil)
-		var refused *apiError
-		if errors.As(err, &refused) {
-			require.Equal(t, "InvalidParameter", refused.Code)
-			require.Contains(t, refused.Recommend, algorithm, "what is missing must be named")
-			t.Logf("not on this token: %s", refused.Recommend)
+	var voyages []voyage
+	for _, keySpec := range []string{byok.AES256, byok.SM4} {
+		var key struct{ KeyMetadata keyState }
+		require.NoError(t, c.call(t.Context(), "CreateKey", map[string]string{"Origin": "EXTERNAL", "KeySpec": keySpec}, &key))
+		owner := &customer{client: c, keyID: key.KeyMetadata.KeyID, material: randomMaterial(byok.MaterialLen(keySpec))}
+		var has []string
+		for _, algorithm := range algorithms {
+			if owner.ask(t, algorithm) {
+				has = append(has, algorithm)
+			}
+		}
+		require.Contains(t, has, byok.OAEPSHA1, "every SoftHSM2 has it")
+
+		require.True(t, owner.ask(t, byok.OAEPSHA1))
+		params := owner.params(wrapped(t, byok.OAEPSHA1, owner.publicKey, owner.material))
+		require.NoError(t, c.call(t.Context(), "ImportKeyMaterial", params, nil))
+		if err := c.call(t.Context(), "Encrypt", map[string]string{"KeyId": owner.keyID, "Plaintext": "YQ=="}, nil); err != nil {
+			var refused *apiError
+			require.ErrorAs(t, err, &refused)
+			require.Equal(t, "Rejected.UnsupportedOperation", refused.Code)
+			require.Equal(t, byok.SM4, keySpec, "every token has AES")
+			t.Logf("no %s on this token: %s", keySpec, refused.Recommend)
 			continue
 		}
-		require.NoError(t, err)
-		has = append(has, algorithm)
-	}
-	require.Contains(t, has, byok.OAEPSHA1, "every SoftHSM2 has it")
-	return has
-}
-
-// Every client goes through the whole life of a key, by every algorithm.
-func TestLifeByEveryClient(t *testing.T) {
-	s := startDevServer(t, t.TempDir())
-	has := offered(t, s.client(t))
-	for name, client := range sdks(t, s.endpoint, readCredentials(t, s.dir)) {
 		for _, algorithm := range has {
-			t.Run(name+"/"+algorithm, func(t *testing.T) { live(t, client, algorithm) })
+			voyages = append(voyages, voyage{keySpec, algorithm})
 		}
 	}
+	return voyages
+}
+
+// ask asks for the parameters of an import. The answer is false where the
+// token does not do the algorithm, which must be said by name.
+func (c *customer) ask(t *testing.T, algorithm string) bool {
+	t.Helper()
+	var p struct{ PublicKey, ImportToken string }
+	err := c.call(t.Context(), "GetParametersForImport", map[string]string{
+		"KeyId": c.keyID, "WrappingAlgorithm": algorithm, "WrappingKeySpec": pairSpecOf(algorithm),
+	}, &p)
+	var refused *apiError
+	if errors.As(err, &refused) {
+		require.Equal(t, "InvalidParameter", refused.Code)
+		require.Regexp(t, `^this server does not offer `+algorithm+` with `+pairSpecOf(algorithm)+`; it offers RSAES_OAEP_SHA_1 with RSA_2048\b`, refused.Recommend)
+		t.Logf("not on this token: %s", refused.Recommend)
+		return false
+	}
+	require.NoError(t, err)
+	c.publicKey, c.token = p.PublicKey, p.ImportToken
+	return true
+}
+
+// Every client goes through the whole life of a key, of every spec and by
+// every algorithm that the token has.
+func TestLifeByEveryClient(t *testing.T) {
+	t.Parallel()
+	s := startDevServer(t, t.TempDir())
+	voyages := offered(t, s.client(t))
+	t.Run("clients", func(t *testing.T) {
+		for name, client := range sdks(t, s.endpoint, readCredentials(t, s.dir)) {
+			t.Run(name, func(t *testing.T) {
+				// The present SDK has one HTTP client for all, without a lock.
+				if _, unsafe := client.(teaSDK); !unsafe {
+					t.Parallel()
+				}
+				for _, v := range voyages {
+					t.Run(v.keySpec+"/"+v.algorithm, func(t *testing.T) { live(t, client, v) })
+				}
+			})
+		}
+	})
 	require.NoError(t, s.stop())
 }
 
@@ -74,8 +124,8 @@ func refused(t *testing.T, client sdk, code string, err error) {
 }
 
 // live is the life of a key with one client.
-func live(t *testing.T, client sdk, algorithm string) {
-	keyID, state, err := client.createKey("Aliyun_AES_256")
+func live(t *testing.T, client sdk, v voyage) {
+	keyID, state, err := client.createKey(v.keySpec)
 	require.NoError(t, err)
 	require.Equal(t, "PendingImport", state)
 	expectState := func(want string) {
@@ -84,10 +134,10 @@ func live(t *testing.T, client sdk, algorithm string) {
 		require.NoError(t, err)
 		require.Equal(t, want, state)
 	}
-	material := randomMaterial(32)
-	spki, token, err := client.parameters(keyID, algorithm)
+	material := randomMaterial(byok.MaterialLen(v.keySpec))
+	spki, token, err := client.parameters(keyID, v.algorithm)
 	require.NoError(t, err)
-	wrap := func(material []byte) string { return wrapped(t, algorithm, spki, material) }
+	wrap := func(material []byte) string { return wrapped(t, v.algorithm, spki, material) }
 
 	// Not usable before the import.
 	text := base64.StdEncoding.EncodeToString([]byte("some text ~*!'()"))
@@ -95,8 +145,8 @@ func live(t *testing.T, client sdk, algorithm string) {
 	refused(t, client, "Rejected.PendingImport", err)
 
 	// A bad import changes nothing, a good one enables.
-	err = client.importMaterial(keyID, wrap(material[:31]), token, 0)
-	if algorithm == byok.PKCS1v15 && client.code(t, err) == "InvalidParameter" {
+	err = client.importMaterial(keyID, wrap(material[1:]), token, 0)
+	if v.algorithm == byok.PKCS1v15 && client.code(t, err) == "InvalidParameter" {
 		// OpenSSL 3.2 and later: the import must say what it expects, which
 		// these clients have no parameter for.
 		require.ErrorContains(t, err, "ExpectKeyMaterialId")
@@ -146,7 +196,7 @@ func live(t *testing.T, client sdk, algorithm string) {
 	_, _, err = client.decrypt(blob, encctx)
 	refused(t, client, "Rejected.PendingImport", err)
 	refused(t, client, "Rejected.StateModifiedFailed", client.setEnabled(keyID, true))
-	refused(t, client, "InvalidKeyMaterial", client.importMaterial(keyID, wrap(randomMaterial(32)), token, 0))
+	refused(t, client, "InvalidKeyMaterial", client.importMaterial(keyID, wrap(randomMaterial(len(material))), token, 0))
 	expectState("PendingImport")
 	refused(t, client, "InvalidParameter", client.importMaterial(keyID, wrap(material), token, time.Now().Add(-time.Hour).Unix()))
 	expire := time.Now().Add(24 * time.Hour).Truncate(time.Second)

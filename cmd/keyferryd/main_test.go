@@ -3,10 +3,14 @@ package main
 import (
 	"bytes"
 	"context"
+	"errors"
+	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -20,7 +24,58 @@ import (
 // that kill it.
 func TestMain(m *testing.M) {
 	syscall.Umask(0o022) // "dev" refuses directories that a group can write to
-	testscript.Main(m, map[string]func(){"keyferryd": main})
+	// The v1 SDK sends even loopback through a proxy.
+	for _, name := range []string{"HTTP_PROXY", "http_proxy"} {
+		if err := os.Unsetenv(name); err != nil {
+			panic(err)
+		}
+	}
+	testscript.Main(suite{m}, map[string]func(){"keyferryd": main})
+}
+
+// suite is all tests, and the server that some of them share.
+type suite struct{ *testing.M }
+
+func (s suite) Run() int {
+	status := s.M.Run()
+	if err := shared.stop(status != 0); err != nil {
+		fmt.Fprintln(os.Stderr, "the shared server:", err)
+		return 1
+	}
+	return status
+}
+
+// shared is a server of "dev" for all tests that need no more of one than keys
+// of their own: the start of one takes a core for a second.
+var shared sharedDev
+
+type sharedDev struct {
+	once   sync.Once
+	server *server
+	err    error
+}
+
+func sharedServer(t testing.TB) *server {
+	t.Helper()
+	shared.once.Do(func() {
+		var dir string
+		if dir, shared.err = os.MkdirTemp("", "keyferryd-test-"); shared.err == nil { //nolint:usetesting // it outlives this test
+			shared.server, shared.err = newServer(keyferryd(t).Path, dir, "dev", "--data", dir)
+		}
+	})
+	require.NoError(t, shared.err)
+	return shared.server
+}
+
+func (d *sharedDev) stop(failed bool) error {
+	if d.server == nil {
+		return nil
+	}
+	err := errors.Join(d.server.stop(), os.RemoveAll(d.server.dir))
+	if failed || err != nil {
+		fmt.Fprintf(os.Stderr, "the log of the shared server:\n%s", d.server.log)
+	}
+	return err
 }
 
 // TestScripts are the commands as a user types them, most of them wrong.
@@ -61,9 +116,8 @@ func keyferryd(t testing.TB, args ...string) *exec.Cmd {
 
 func startTestServer(t testing.TB, dir string, args ...string) *server {
 	t.Helper()
-	p, err := startServer(context.Background(), keyferryd(t).Path, args...)
+	s, err := newServer(keyferryd(t).Path, dir, args...)
 	require.NoError(t, err)
-	s := &server{serverProcess: p, dir: dir}
 	t.Cleanup(func() {
 		if s.cmd.ProcessState == nil {
 			s.kill(t)
@@ -72,9 +126,16 @@ func startTestServer(t testing.TB, dir string, args ...string) *server {
 			t.Logf("the log of the server on %s:\n%s", dir, s.log)
 		}
 	})
-	_, s.endpoint, _ = strings.Cut(p.ready, "://")
-	require.NotEmpty(t, s.endpoint, p.ready)
 	return s
+}
+
+func newServer(exe, dir string, args ...string) (*server, error) {
+	p, err := startServer(context.Background(), exe, args...)
+	if err != nil {
+		return nil, err
+	}
+	_, endpoint, _ := strings.Cut(p.ready, "://")
+	return &server{serverProcess: p, dir: dir, endpoint: endpoint}, nil
 }
 
 // kill ends the server as a power failure would, as far as it can tell.

@@ -48,10 +48,6 @@ type sdk interface {
 // sdks are the clients, in the ways in which they sign and send.
 func sdks(t *testing.T, endpoint string, c credentials) map[string]sdk {
 	t.Helper()
-	// The v1 SDK sends even loopback through a proxy.
-	for _, name := range []string{"HTTP_PROXY", "http_proxy"} {
-		t.Setenv(name, "")
-	}
 	old, err := v1.NewClientWithAccessKey(c.Region, c.AccessKeyID, c.AccessKeySecret)
 	require.NoError(t, err)
 	newTea := func(config openapi.Config) sdk {
@@ -103,7 +99,7 @@ func (s v1SDK) describeKey(keyID string) (state, expires string, err error) {
 func (s v1SDK) parameters(keyID, algorithm string) (publicKey, token string, err error) {
 	r := v1.CreateGetParametersForImportRequest()
 	s.to(r.RpcRequest)
-	r.KeyId, r.WrappingAlgorithm, r.WrappingKeySpec = keyID, algorithm, "RSA_2048"
+	r.KeyId, r.WrappingAlgorithm, r.WrappingKeySpec = keyID, algorithm, pairSpecOf(algorithm)
 	res, err := s.GetParametersForImport(r)
 	return res.PublicKey, res.ImportToken, err
 }
@@ -248,7 +244,7 @@ func (s teaSDK) describeKey(keyID string) (state, expires string, err error) {
 }
 
 func (s teaSDK) parameters(keyID, algorithm string) (publicKey, token string, err error) {
-	res, err := s.GetParametersForImport(&tea.GetParametersForImportRequest{KeyId: &keyID, WrappingAlgorithm: &algorithm, WrappingKeySpec: ptr("RSA_2048")})
+	res, err := s.GetParametersForImport(&tea.GetParametersForImportRequest{KeyId: &keyID, WrappingAlgorithm: &algorithm, WrappingKeySpec: ptr(pairSpecOf(algorithm))})
 	if err != nil {
 		return "", "", err
 	}
@@ -421,7 +417,7 @@ func (s formSDK) describeKey(keyID string) (state, expires string, err error) {
 
 func (s formSDK) parameters(keyID, algorithm string) (publicKey, token string, err error) {
 	var a formAnswer
-	err = s.call("GetParametersForImport", &a, "KeyId", keyID, "WrappingAlgorithm", algorithm, "WrappingKeySpec", "RSA_2048")
+	err = s.call("GetParametersForImport", &a, "KeyId", keyID, "WrappingAlgorithm", algorithm, "WrappingKeySpec", pairSpecOf(algorithm))
 	return a.PublicKey, a.ImportToken, err
 }
 

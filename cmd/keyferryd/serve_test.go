@@ -375,7 +375,7 @@ func TestShutdownWaitsForRequests(t *testing.T) {
 // it sends nobody anywhere else.
 func TestEveryAnswerIsTheAPIs(t *testing.T) {
 	t.Parallel()
-	s := startDevServer(t, t.TempDir())
+	s := sharedServer(t)
 	for request, code := range map[string]string{
 		"GET / HTTP/1.1":                        "IncompleteSignature",
 		"POST //?KeyId=secret HTTP/1.1":         "InvalidAction.NotFound",
@@ -399,7 +399,6 @@ func TestEveryAnswerIsTheAPIs(t *testing.T) {
 	res, body := exchange(t, s.endpoint, "GET /healthz HTTP/1.1")
 	require.Equal(t, http.StatusOK, res.StatusCode)
 	require.Equal(t, "ok\n", string(body))
-	require.NoError(t, s.stop())
 }
 
 // exchange sends a request line as it is, on a connection of its own.
@@ -431,16 +430,23 @@ func answerOn(t *testing.T, conn net.Conn) (*http.Response, []byte) {
 // A connection beyond the bound waits until another one is closed.
 func TestConnectionsAreBounded(t *testing.T) {
 	t.Parallel()
-	s := startDevServer(t, t.TempDir())
+	port, err := bind("127.0.0.1:0")
+	require.NoError(t, err)
+	listener, err := port.listen()
+	require.NoError(t, err)
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- serveHTTP(ctx, listener, http.NotFoundHandler(), slog.New(slog.DiscardHandler)) }()
+
 	const request = "GET / HTTP/1.1"
 	var open []net.Conn
 	for range maxConnections {
-		conn, err := net.Dial("tcp", s.endpoint)
+		conn, err := net.Dial("tcp", listener.Addr().String())
 		require.NoError(t, err)
 		ask(t, conn, request) // now it is known to be one of those that are served
 		open = append(open, conn)
 	}
-	more, err := net.Dial("tcp", s.endpoint)
+	more, err := net.Dial("tcp", listener.Addr().String())
 	require.NoError(t, err)
 	_, err = io.WriteString(more, request+"\r\nHost: kms.example\r\n\r\n")
 	require.NoError(t, err)
@@ -453,5 +459,6 @@ func TestConnectionsAreBounded(t *testing.T) {
 	for _, conn := range append(open[1:], more) {
 		require.NoError(t, conn.Close())
 	}
-	require.NoError(t, s.stop())
+	stop()
+	require.NoError(t, <-ended)
 }

@@ -11,8 +11,6 @@ import (
 	"net/http"
 	"strconv"
 	"time"
-
-	"golang.org/x/net/netutil"
 )
 
 // Bounds of the server. Everything of a request may be in its URL: 6 KiB of
@@ -20,7 +18,6 @@ import (
 // when every character takes nine.
 const (
 	maxHeaderBytes    = 128 << 10
-	maxConnections    = 512 // idle ones too; further ones wait
 	readHeaderTimeout = 10 * time.Second
 	readTimeout       = 30 * time.Second
 	requestTimeout    = 30 * time.Second // then the engine gives up, with an answer
@@ -59,8 +56,6 @@ func serve(ctx context.Context, cfg *config, out io.Writer, log *slog.Logger, an
 	if err != nil {
 		return err
 	}
-	// Beneath TLS, so that a handshake counts.
-	listener = netutil.LimitListener(listener, maxConnections)
 	scheme := "http"
 	if tlsConfig != nil {
 		scheme, listener = "https", tls.NewListener(listener, tlsConfig)

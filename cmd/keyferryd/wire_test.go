@@ -96,7 +96,7 @@ func post(t testing.TB, endpoint, query string) (raw, code string) {
 // blob was refused.
 func TestEveryBadBlobGetsTheSameBytes(t *testing.T) {
 	t.Parallel()
-	s := startDevServer(t, t.TempDir())
+	s := sharedServer(t)
 	c := s.client(t)
 	fresh, bound := newCustomer(t, c), newCustomer(t, c)
 	good := wrapped(t, byok.OAEPSHA1, bound.publicKey, bound.material)
@@ -164,7 +164,7 @@ func wrappedAnyhow(t testing.TB, publicKey string, material []byte) string {
 // What the customer expects is checked in the token.
 func TestExpectations(t *testing.T) {
 	t.Parallel()
-	s := startDevServer(t, t.TempDir())
+	s := sharedServer(t)
 	c := newCustomer(t, s.client(t))
 	kcv, err := byok.KCV(byok.AES256, c.material)
 	require.NoError(t, err)
@@ -219,7 +219,7 @@ func TestOpenSSLWrapsMaterial(t *testing.T) {
 	t.Parallel()
 	openssl, err := exec.LookPath("openssl")
 	require.NoError(t, err, "install openssl")
-	s := startDevServer(t, t.TempDir())
+	s := sharedServer(t)
 	c := s.client(t)
 	for name, args := range map[string][]string{
 		"pkeyutl": {"pkeyutl", "-encrypt", "-pubin", "-keyform", "DER", "-pkeyopt", "rsa_padding_mode:oaep"},
@@ -256,7 +256,7 @@ func TestOpenSSLWrapsMaterial(t *testing.T) {
 // without bounds does not.
 func TestSizesOfRequests(t *testing.T) {
 	t.Parallel()
-	s := startDevServer(t, t.TempDir())
+	s := sharedServer(t)
 	c := newCustomer(t, s.client(t))
 	require.NoError(t, c.call(t.Context(), "ImportKeyMaterial", c.params(wrapped(t, byok.OAEPSHA1, c.publicKey, c.material)), nil))
 	plaintext := bytes.Repeat([]byte{0xfb, 0xff}, 3<<10) // all plus signs and slashes in Base64
@@ -283,8 +283,7 @@ func TestSizesOfRequests(t *testing.T) {
 // is to be used.
 func TestSM4Material(t *testing.T) {
 	t.Parallel()
-	s := startDevServer(t, t.TempDir())
-	c := s.client(t)
+	c := sharedServer(t).client(t)
 	var key struct{ KeyMetadata keyState }
 	require.NoError(t, c.call(t.Context(), "CreateKey", map[string]string{"Origin": "EXTERNAL", "KeySpec": byok.SM4}, &key))
 	var p struct{ PublicKey, ImportToken string }
@@ -299,8 +298,11 @@ func TestSM4Material(t *testing.T) {
 	require.Equal(t, hex.EncodeToString(id[:]), customer.state(t).KeyMaterialID)
 
 	err = c.call(t.Context(), "Encrypt", map[string]string{"KeyId": keyID, "Plaintext": "YQ=="}, nil)
-	if err == nil {
-		return // a token with SM4
+	if err == nil { // a token with SM4
+		kcv, err := byok.KCV(byok.SM4, material)
+		require.NoError(t, err)
+		require.Equal(t, hex.EncodeToString(kcv[:]), customer.state(t).KeyCheckValue)
+		return
 	}
 	var refused *apiError
 	require.ErrorAs(t, err, &refused)
