@@ -76,7 +76,7 @@ func (s *amnesiac) PutUsages(ctx context.Context, usages []store.Usage) error {
 // encrypts more often than its budget allows, and what is charged for crashes
 // is bounded.
 func TestBudgetSurvivesCrashes(t *testing.T) {
-	const budget, unwritten = 300, 16
+	const budget, unwritten = 100, 16
 	memory := &amnesiac{}
 	h := newHouse(t, withStore(func(s store.Store) store.Store {
 		memory.Store = s
@@ -111,6 +111,9 @@ func TestBudgetSurvivesCrashes(t *testing.T) {
 				boots++
 			},
 		})
+		total += h.encrypts(t, keyID, budget+1)
+		require.LessOrEqual(t, total, budget)
+		require.GreaterOrEqual(t, total+boots*unwritten, budget)
 	})
 }
 
