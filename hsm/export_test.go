@@ -2,6 +2,9 @@ package hsm
 
 import (
 	"context"
+	"crypto/rand"
+	"crypto/rsa"
+	"math/big"
 
 	"github.com/miekg/pkcs11"
 
@@ -33,4 +36,32 @@ func CopyVaultForTest(ctx context.Context, t *Token) error {
 		_, err := s.CopyObject(c.vaults[AES256].handle, p11.NewTemplate())
 		return err
 	})
+}
+
+// AdoptPairForTest puts an RSA private key that the test knows on the token,
+// as a session object that unwraps as wrapping pairs do, and lets Import take
+// it for a pair. It lives as long as the token's connection.
+func AdoptPairForTest(ctx context.Context, t *Token, key *rsa.PrivateKey, alg Algorithm) (PairInfo, error) {
+	c, err := t.connection(ctx)
+	if err != nil {
+		return PairInfo{}, err
+	}
+	p := &pair{PairInfo: PairInfo{Algorithm: alg}, rsa: &key.PublicKey}
+	if _, err := rand.Read(p.ID[:]); err != nil {
+		return PairInfo{}, err
+	}
+	// The components of PKCS#11 v2.40 mechanisms section 2.1.3.
+	parts := []p11.Attr{p11.Bytes(p11.Modulus, key.N.Bytes()), p11.Bytes(p11.PublicExponent, big.NewInt(int64(key.E)).Bytes())}
+	for i, n := range []*big.Int{key.D, key.Primes[0], key.Primes[1], key.Precomputed.Dp, key.Precomputed.Dq, key.Precomputed.Qinv} {
+		const privateExponent = 0x123 // and the others, in this order
+		parts = append(parts, p11.Bytes(privateExponent+p11.Attribute(i), n.Bytes()))
+	}
+	s := <-c.keepers
+	defer func() { c.keepers <- s }()
+	p.handle, err = s.CreateObject(p11.NewTemplate(join(parts, wrappingPrivate(p11.KeyRSA, false, p.ID[:], "keyferry test", mechanism(alg)))...))
+	if err != nil {
+		return PairInfo{}, err
+	}
+	c.pairs.Store(p.ID, p)
+	return p.PairInfo, nil
 }
