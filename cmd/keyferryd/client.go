@@ -25,19 +25,27 @@ type client struct {
 
 // newClient takes what "keyferryd dev" wrote for clients.
 func newClient(credentialsFile string) (*client, error) {
-	text, err := os.ReadFile(credentialsFile)
-	if err != nil {
-		return nil, err
-	}
 	var c credentials
-	if err := json.Unmarshal(text, &c); err != nil {
-		return nil, fmt.Errorf("%s is not what keyferryd dev writes", credentialsFile)
+	if err := readAnnounced(credentialsFile, &c); err != nil {
+		return nil, err
 	}
 	return &client{
 		url:  "http://" + c.Endpoint + "/",
 		cred: acs.Credential{AccessKeyID: c.AccessKeyID, Secret: acs.NewSecret([]byte(c.AccessKeySecret))},
 		http: &http.Client{Transport: &http.Transport{Proxy: nil}, Timeout: time.Minute},
 	}, nil
+}
+
+// readAnnounced reads a file that "keyferryd dev" wrote.
+func readAnnounced(path string, into any) error {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	if err := json.Unmarshal(text, into); err != nil {
+		return fmt.Errorf("%s is not what keyferryd dev writes", path)
+	}
+	return nil
 }
 
 // apiError is an error that the server answered.

@@ -44,8 +44,13 @@ func demo(ctx context.Context, out io.Writer) (err error) {
 	}
 	defer func() { err = errors.Join(err, server.stop()) }()
 	w.say("%s", server.ready)
+	var token tokenFile
+	if err := readAnnounced(filepath.Join(dir, "data", devTokenFile), &token); err != nil {
+		return err
+	}
+	w.say("Token     %s, by %s", token.TokenLabel, token.Module)
 
-	if w.kms, err = newClient(filepath.Join(dir, "data", "credentials.json")); err != nil {
+	if w.kms, err = newClient(filepath.Join(dir, "data", devCredentials)); err != nil {
 		return err
 	}
 	if err := w.life(ctx); err != nil {

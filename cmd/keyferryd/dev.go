@@ -83,8 +83,8 @@ func (d *devDir) announce(cfg *config, endpoint string, log *slog.Logger) error 
 		return err
 	}
 	for name, content := range map[string]any{
-		"credentials.json": credentials{Endpoint: endpoint, Region: cfg.regionOf(), AccessKeyID: key.ID, AccessKeySecret: string(secret)},
-		"token.json": tokenFile{
+		devCredentials: credentials{Endpoint: endpoint, Region: cfg.regionOf(), AccessKeyID: key.ID, AccessKeySecret: string(secret)},
+		devTokenFile: tokenFile{
 			Module: cfg.Token.Module, SoftHSM2Conf: cfg.Token.Environment[softhsm.ConfEnv],
 			TokenLabel: cfg.Token.Label, UserPINFile: cfg.Token.UserPINFile,
 		},

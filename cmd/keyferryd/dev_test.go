@@ -25,14 +25,14 @@ func TestDevContract(t *testing.T) {
 	require.Regexp(t, `^keyferryd listening on http://127\.0\.0\.1:[1-9]\d*$`, s.ready)
 
 	var fields map[string]string
-	readJSON(t, filepath.Join(dir, "credentials.json"), &fields)
+	readJSON(t, filepath.Join(dir, devCredentials), &fields)
 	require.Len(t, fields, 4)
 	require.Equal(t, s.endpoint, fields["endpoint"])
 	for _, name := range []string{"region", "access_key_id", "access_key_secret"} {
 		require.NotEmpty(t, fields[name], name)
 	}
 	var token map[string]string
-	readJSON(t, filepath.Join(dir, "token.json"), &token)
+	readJSON(t, filepath.Join(dir, devTokenFile), &token)
 	require.Len(t, token, 4)
 	for _, name := range []string{"module", "softhsm2_conf", "user_pin_file"} {
 		require.True(t, filepath.IsAbs(token[name]), name)
@@ -74,7 +74,7 @@ func TestDevContract(t *testing.T) {
 	require.NoError(t, c.call(t.Context(), "Decrypt", map[string]string{"CiphertextBlob": sealed.CiphertextBlob}, &opened))
 	require.Equal(t, "YQ==", opened.Plaintext)
 	var came map[string]string
-	readJSON(t, filepath.Join(moved, "credentials.json"), &came)
+	readJSON(t, filepath.Join(moved, devCredentials), &came)
 	require.Equal(t, again.endpoint, came["endpoint"])
 	require.Equal(t, fields["access_key_id"], came["access_key_id"])
 	require.Equal(t, fields["access_key_secret"], came["access_key_secret"])

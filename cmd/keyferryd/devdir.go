@@ -18,8 +18,7 @@ import (
 )
 
 // The files of a dev directory, beside those of package softhsm (softhsm2.conf
-// and tokens), of the store (the database's companions) and the two that
-// announce writes.
+// and tokens) and of the store (the database's companions).
 const (
 	devConfigFile = "keyferryd.yaml" // written when all that it names is there but the database
 	devDatabase   = "keyferry.db"
@@ -29,6 +28,9 @@ const (
 	devSecret     = "access-key-secret"
 	devUnfinished = "setup-unfinished" // there until the database is made, too
 	devLock       = "dev.lock"
+
+	devCredentials = "credentials.json" // written at every start, for clients
+	devTokenFile   = "token.json"       // likewise, for other users of the token
 )
 
 const (

@@ -162,7 +162,7 @@ func shareOnePair(t *testing.T, dir string) {
 // finishes it.
 func TestKillsDuringFirstSetUp(t *testing.T) {
 	for _, file := range []string{
-		devUnfinished, devSecret, "tokens/*", "tokens/*/token.object", "tokens/*/*-*.object", devConfigFile, devDatabase, "credentials.json",
+		devUnfinished, devSecret, "tokens/*", "tokens/*/token.object", "tokens/*/*-*.object", devConfigFile, devDatabase, devCredentials,
 	} {
 		t.Run(file, func(t *testing.T) {
 			t.Parallel()

@@ -33,7 +33,7 @@ type voyage struct{ keySpec, algorithm string }
 // readCredentials reads what "dev" wrote.
 func readCredentials(t testing.TB, dir string) credentials {
 	t.Helper()
-	text, err := os.ReadFile(filepath.Join(dir, "credentials.json"))
+	text, err := os.ReadFile(filepath.Join(dir, devCredentials))
 	require.NoError(t, err)
 	var c credentials
 	require.NoError(t, json.Unmarshal(text, &c))

@@ -86,6 +86,7 @@ func TestScripts(t *testing.T) {
 		Dir: filepath.Join("testdata", "script"),
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("MODULE", module)
+			env.Setenv(softhsm.ModuleEnv, module) // whichever this test found
 			env.Setenv("TMPDIR", env.WorkDir) // for what the demo makes
 			return nil
 		},
@@ -148,7 +149,7 @@ func (s *server) kill(t testing.TB) {
 // client is one of the server of "dev".
 func (s *server) client(t testing.TB) *client {
 	t.Helper()
-	c, err := newClient(filepath.Join(s.dir, "credentials.json"))
+	c, err := newClient(filepath.Join(s.dir, devCredentials))
 	require.NoError(t, err)
 	return c
 }

@@ -79,7 +79,7 @@ func (w *walk) create(ctx context.Context) error {
 	return w.expectState(ctx, "PendingImport")
 }
 
-// parameters prefers SHA-256, which stock SoftHSM2 does not do.
+// parameters prefers SHA-256, which SoftHSM2 does not do as it is published.
 func (w *walk) parameters(ctx context.Context) error {
 	var answer struct{ PublicKey, ImportToken, TokenExpireTime string }
 	for _, w.algorithm = range []string{byok.OAEPSHA256, byok.OAEPSHA1} {
@@ -88,7 +88,7 @@ func (w *walk) parameters(ctx context.Context) error {
 		}, &answer)
 		var refused *apiError
 		if errors.As(err, &refused) && refused.Code == "InvalidParameter" && w.algorithm != byok.OAEPSHA1 {
-			w.say("This token does not do %s (stock SoftHSM2 does not); %s then.", w.algorithm, byok.OAEPSHA1)
+			w.say("This token does not do %s; %s then.", w.algorithm, byok.OAEPSHA1)
 			continue
 		}
 		if err != nil {
