@@ -87,7 +87,7 @@ func TestScripts(t *testing.T) {
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("MODULE", module)
 			env.Setenv(softhsm.ModuleEnv, module) // whichever this test found
-			env.Setenv("TMPDIR", env.WorkDir) // for what the demo makes
+			env.Setenv("TMPDIR", env.WorkDir)     // for what the demo makes
 			return nil
 		},
 	})
