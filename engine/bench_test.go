@@ -4,9 +4,7 @@ import (
 	"context"
 	"encoding/binary"
 	"fmt"
-	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -15,6 +13,7 @@ import (
 
 	"github.com/keyferry/keyferry/engine"
 	"github.com/keyferry/keyferry/hsm"
+	"github.com/keyferry/keyferry/hsm/hsmtest"
 	"github.com/keyferry/keyferry/softhsm"
 )
 
@@ -26,7 +25,6 @@ const benchKeys = 1000
 // customer's blob, C_EncryptInit and C_Encrypt by AES-GCM, and the opening of
 // a sealed blob. Each goes over 1,000 CMKs.
 //
-// The two take turns within each run, for machines are noisy: read the ratio.
 // extra-cpu-µs is the processor time of one request beyond that of the bare
 // calls.
 func BenchmarkEngine(b *testing.B) {
@@ -46,59 +44,10 @@ func BenchmarkEngine(b *testing.B) {
 				for i := range callers {
 					bare[i], ours[i] = work.bare(b), work.ours(b)
 				}
-				var sum [2]load
-				for b.Loop() {
-					sum[0].add(measure(bare))
-					sum[1].add(measure(ours))
-				}
-				b.ReportMetric(sum[0].rate(), "bare/s")
-				b.ReportMetric(sum[1].rate(), "ours/s")
-				b.ReportMetric(sum[1].rate()/sum[0].rate(), "ratio")
-				b.ReportMetric(sum[1].cpu(), "cpu-µs")
-				b.ReportMetric(sum[1].cpu()-sum[0].cpu(), "extra-cpu-µs")
-				b.ReportMetric(0, "ns/op")
+				hsmtest.Compare(b, bare, ours)
 			})
 		}
 	}
-}
-
-// slice is how long one side runs before the other has its turn.
-const slice = 100 * time.Millisecond
-
-// load is what was done in some slices.
-type load struct {
-	n         int64
-	wall, use time.Duration
-}
-
-func (l *load) add(m load)    { l.n += m.n; l.wall += m.wall; l.use += m.use }
-func (l *load) rate() float64 { return float64(l.n) / l.wall.Seconds() }
-func (l *load) cpu() float64  { return float64(l.use.Microseconds()) / float64(l.n) }
-
-func measure(steps []func() error) load {
-	var n atomic.Int64
-	var wg sync.WaitGroup
-	before, start := processorTime(), time.Now()
-	for _, step := range steps {
-		wg.Go(func() {
-			for time.Since(start) < slice {
-				if err := step(); err != nil {
-					panic(err)
-				}
-				n.Add(1)
-			}
-		})
-	}
-	wg.Wait()
-	return load{n.Load(), time.Since(start), processorTime() - before}
-}
-
-func processorTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		panic(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
 
 // workbench is an engine with CMKs that have material, and a second client of

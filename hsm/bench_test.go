@@ -3,21 +3,17 @@ package hsm_test
 import (
 	"context"
 	"fmt"
-	"sync"
-	"sync/atomic"
-	"syscall"
 	"testing"
-	"time"
 
 	"github.com/miekg/pkcs11"
 	"github.com/stretchr/testify/require"
 
 	"github.com/keyferry/keyferry/hsm"
+	"github.com/keyferry/keyferry/hsm/hsmtest"
 )
 
 // BenchmarkSequence compares what Token does for one import, encryption or
-// opening with the bare PKCS#11 calls of another client on the same token. The
-// two take turns within each run, for machines are noisy: read the ratio.
+// opening with the bare PKCS#11 calls of another client on the same token.
 func BenchmarkSequence(b *testing.B) {
 	t := newBench(b, hsm.OAEPSHA1)
 	ctx := context.Background()
@@ -113,59 +109,9 @@ func BenchmarkSequence(b *testing.B) {
 				for i := range callers {
 					bare[i], ours[i] = pair.bare(), pair.ours
 				}
-				var sum [2]load
-				// In slices, so that what else the machine does hits both alike.
-				for b.Loop() {
-					sum[0].add(measure(bare))
-					sum[1].add(measure(ours))
-				}
-				b.ReportMetric(sum[0].rate(), "bare/s")
-				b.ReportMetric(sum[1].rate(), "ours/s")
-				b.ReportMetric(sum[1].rate()/sum[0].rate(), "ratio")
-				b.ReportMetric(sum[0].cpu(), "bare-cpu-µs")
-				b.ReportMetric(sum[1].cpu(), "ours-cpu-µs")
-				b.ReportMetric(0, "ns/op")
+				hsmtest.Compare(b, bare, ours)
 			})
 		}
 	}
 	require.NoError(b, key.Close())
-}
-
-// slice is how long one side runs before the other has its turn.
-const slice = 100 * time.Millisecond
-
-// load is what a slice did.
-type load struct {
-	n         int64
-	wall, use time.Duration
-}
-
-func (l *load) add(m load)    { l.n += m.n; l.wall += m.wall; l.use += m.use }
-func (l *load) rate() float64 { return float64(l.n) / l.wall.Seconds() }
-func (l *load) cpu() float64  { return float64(l.use.Microseconds()) / float64(l.n) }
-
-func measure(steps []func() error) load {
-	var n atomic.Int64
-	var wg sync.WaitGroup
-	before, start := processorTime(), time.Now()
-	for _, step := range steps {
-		wg.Go(func() {
-			for time.Since(start) < slice {
-				if err := step(); err != nil {
-					panic(err)
-				}
-				n.Add(1)
-			}
-		})
-	}
-	wg.Wait()
-	return load{n.Load(), time.Since(start), processorTime() - before}
-}
-
-func processorTime() time.Duration {
-	var u syscall.Rusage
-	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &u); err != nil {
-		panic(err)
-	}
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }
