@@ -1,0 +1,27 @@
+// The places of the functions in CK_FUNCTION_LIST, and the numbers that the
+// C code needs.
+
+#ifndef KEYFERRY_THIEF_CALLS_H
+#define KEYFERRY_THIEF_CALLS_H
+
+#include "thief.h"
+
+enum {
+	COPY_OBJECT = 21,
+	DESTROY_OBJECT = 22,
+	GET_ATTRIBUTE_VALUE = 24,
+	SET_ATTRIBUTE_VALUE = 25,
+	FIND_OBJECTS_INIT = 26,
+	FIND_OBJECTS = 27,
+	FIND_OBJECTS_FINAL = 28,
+	DIGEST_INIT = 37,
+	DIGEST_KEY = 40,
+	DIGEST_FINAL = 41,
+	UNWRAP_KEY = 61,
+};
+
+enum { CKR_OK = 0 };
+enum { CKO_SECRET_KEY = 4, CKK_AES = 0x1f };
+enum { CKA_CLASS = 0, CKA_TOKEN = 1, CKA_VALUE = 0x11, CKA_KEY_TYPE = 0x100, CKA_SENSITIVE = 0x103, CKA_EXTRACTABLE = 0x162 };
+
+#endif
