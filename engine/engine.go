@@ -27,6 +27,7 @@ package engine
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -104,12 +105,17 @@ type Engine struct {
 	attempts      attempts
 	failures      failures
 
+	authority *authority
+
 	cache    *cache
 	usage    *usage
 	pool     *pool
 	sweeping chan struct{} // held while sweeping
 
-	reconciled time.Time // of sweeping: when the pairs of token and store were
+	// Of sweeping: when the pairs of token and store were reconciled, and which
+	// rows the last sweep found spoilt.
+	reconciled time.Time
+	spoilt     map[[sha256.Size]byte]bool
 
 	life context.Context // ends with Close
 	end  context.CancelFunc
@@ -163,6 +169,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	}
 	e.life, e.end = context.WithCancel(context.Background())
 	e.usage = newUsage(e.token, e.store, e.log)
+	e.authority = newAuthority(e.token, orDefault(cfg.CacheSize, 10000))
 	e.cache = newCache(orDefault(cfg.CacheSize, 10000), e.openRow, e.discardKey)
 	e.pool = newPool(orDefault(cfg.PoolSize, 8), e.life.Done())
 	e.spawn(func() { e.generate(e.life) })

@@ -1,6 +1,7 @@
 package engine_test
 
 import (
+	"strings"
 	"testing"
 	"time"
 
@@ -136,7 +137,8 @@ func TestExpiryInOtherStates(t *testing.T) {
 // A sweep of many, and before them more than one read returns that it must
 // leave alone.
 func TestSweepOfMany(t *testing.T) {
-	h := newHouse(t)
+	log, logger := newLog()
+	h := newHouse(t, with(func(c *engine.Config) { c.Logger = logger }))
 	spoilt := make(map[string]bool)
 	for i := range 250 {
 		keyID := h.newKey(t, engine.AliyunAES256)
@@ -154,7 +156,10 @@ func TestSweepOfMany(t *testing.T) {
 		require.NoError(t, h.store.UpdateKey(t.Context(), row))
 	}
 	h.clock.advance(time.Minute)
-	require.NoError(t, h.Sweep(t.Context()))
+	for range 3 {
+		require.NoError(t, h.Sweep(t.Context()))
+	}
+	require.Equal(t, 125, strings.Count(log.String(), "changed by someone else"), "once each")
 	left, err := h.store.DueKeys(t.Context(), h.clock.Now(), 1000)
 	require.NoError(t, err)
 	require.Len(t, left, 125)

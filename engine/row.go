@@ -39,18 +39,18 @@ func encodeRow(row *store.Key) []byte {
 
 // sealRow puts the MAC on a row that is about to be written.
 func (e *Engine) sealRow(ctx context.Context, row *store.Key) error {
-	mac, err := e.token.MAC(ctx, rowDomain, encodeRow(row))
+	mac, err := e.authority.sign(ctx, rowDomain, encodeRow(row))
 	if err != nil {
 		return tokenError(err)
 	}
-	row.MAC = mac[:]
+	row.MAC = mac
 	return nil
 }
 
 // verifyRow refuses a row that this token did not write in exactly this form.
 // Nothing of a row is believed before.
 func (e *Engine) verifyRow(ctx context.Context, row *store.Key) error {
-	err := e.token.VerifyMAC(ctx, row.MAC, rowDomain, encodeRow(row))
+	err := e.authority.verify(ctx, rowDomain, encodeRow(row), row.MAC)
 	if errors.Is(err, hsm.ErrUntrusted) {
 		e.log.LogAttrs(ctx, slog.LevelError, "the row of a key was changed by someone else; it is refused",
 			slog.String("key_id", row.KeyID), slog.Int64("revision", row.Revision))

@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -62,6 +63,7 @@ func (e *Engine) Sweep(ctx context.Context) error {
 func (e *Engine) sweepKeys(ctx context.Context, now time.Time) error {
 	var failed error
 	skipped := make(map[string]bool)
+	spoilt := make(map[[sha256.Size]byte]bool)
 	for {
 		limit := sweepBatch + len(skipped)
 		rows, err := e.store.DueKeys(ctx, now, limit)
@@ -72,21 +74,27 @@ func (e *Engine) sweepKeys(ctx context.Context, now time.Time) error {
 			if skipped[rows[i].KeyID] {
 				continue
 			}
-			err := e.sweepKey(ctx, &rows[i], now)
+			row := digest(rowDomain, encodeRow(&rows[i]), rows[i].MAC)
+			err := hsm.ErrUntrusted
+			if !e.spoilt[row] { // which would be logged again every second
+				err = e.sweepKey(ctx, &rows[i], now)
+			}
 			switch {
 			case err == nil:
 				continue
 			case errors.Is(err, Unavailable):
 				return errors.Join(failed, err)
-			case errors.Is(err, store.ErrConflict), errors.Is(err, store.ErrNotFound), errors.Is(err, hsm.ErrUntrusted):
-				// Changed by someone else, for whom the next sweep is soon
-				// enough; or tampered with, which verifyRow has logged.
+			case errors.Is(err, hsm.ErrUntrusted):
+				spoilt[row] = true
+			case errors.Is(err, store.ErrConflict), errors.Is(err, store.ErrNotFound):
+				// Changed by someone else, for whom the next sweep is soon enough.
 			default:
 				failed = errors.Join(failed, err)
 			}
 			skipped[rows[i].KeyID] = true
 		}
 		if len(rows) < limit {
+			e.spoilt = spoilt
 			return failed
 		}
 	}

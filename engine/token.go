@@ -59,11 +59,11 @@ func (t *importToken) signed() []byte {
 // issue encodes the token with its MAC.
 func (e *Engine) issue(ctx context.Context, t *importToken) ([]byte, error) {
 	signed := t.signed()
-	mac, err := e.token.MAC(ctx, importTokenDomain, signed)
+	mac, err := e.authority.sign(ctx, importTokenDomain, signed)
 	if err != nil {
 		return nil, tokenError(err)
 	}
-	return append(signed, mac[:]...), nil
+	return append(signed, mac...), nil
 }
 
 // parseImportToken reads what issue wrote. Its word counts for nothing until
@@ -88,7 +88,7 @@ func parseImportToken(data []byte) (t importToken, ok bool) {
 // data. A token that is not ours is InvalidImportToken.
 func (e *Engine) verifyImportToken(ctx context.Context, data []byte) error {
 	signed, mac := data[:len(data)-macLen], data[len(data)-macLen:]
-	err := e.token.VerifyMAC(ctx, mac, importTokenDomain, signed)
+	err := e.authority.verify(ctx, importTokenDomain, signed, mac)
 	if errors.Is(err, hsm.ErrUntrusted) {
 		return &Error{Kind: InvalidImportToken}
 	}
