@@ -128,23 +128,32 @@ func (n SM2Numbers) sm2Blob(blob []byte) (p11.Params, []byte, error) {
 	if len(blob) == 0 {
 		return p11.Params{}, nil, errLength
 	}
+	var raw, der []byte
 	var err error
-	switch {
-	case blob[0] == 0x04 && n.Raw != 0, blob[0] == 0x30 && n.DER != 0:
-	case blob[0] == 0x04:
-		blob, err = sm2.PlainCiphertext2ASN1(blob, sm2.C1C3C2)
-	case blob[0] == 0x30:
-		blob, err = sm2.ASN1Ciphertext2Plain(blob, sm2Raw)
+	switch blob[0] {
+	case 0x04:
+		raw = blob
+		if n.Raw == 0 {
+			der, err = sm2.PlainCiphertext2ASN1(raw, sm2.C1C3C2)
+		}
+	case 0x30:
+		// Tokens also read BER, and pass over what follows it.
+		if raw, err = sm2.ASN1Ciphertext2Plain(blob, sm2Raw); err == nil {
+			der, err = sm2.PlainCiphertext2ASN1(raw, sm2.C1C3C2)
+		}
+		if !bytes.Equal(der, blob) {
+			err = errLength
+		}
 	default:
-		return p11.Params{}, nil, errLength
+		err = errLength
 	}
 	if err != nil {
 		return p11.Params{}, nil, errLength
 	}
-	if blob[0] == 0x04 {
-		return p11.Plain(p11.Mechanism(n.Raw)), blob, nil
+	if blob[0] == 0x30 && n.DER != 0 || n.Raw == 0 {
+		return p11.Plain(p11.Mechanism(n.DER)), der, nil
 	}
-	return p11.Plain(p11.Mechanism(n.DER)), blob, nil
+	return p11.Plain(p11.Mechanism(n.Raw)), raw, nil
 }
 
 // generateSM2 generates an SM2 pair on the token, with its public half: the
