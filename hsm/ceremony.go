@@ -97,7 +97,7 @@ func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 	if in, err := s.LoggedIn(); err != nil || in {
 		return Pins{}, errors.Join(fmt.Errorf("%w: the token is in use in this process; close it first", ErrUnavailable), err)
 	}
-	cfg.UserPIN = longEnough("user PIN", cfg.UserPIN)
+	cfg.UserPIN = longEnough(ErrPIN, cfg.UserPIN)
 	if err := login(s, p11.NormalUser, cfg.UserPIN); err != nil {
 		return Pins{}, err
 	}
@@ -201,12 +201,12 @@ func present(s *p11.Session, proven sm, pinned Pins) (out Pins, err error) {
 // session, whose objects the keys are until they are copied to the token.
 func makeVaults(s *p11.Session, cfg InitConfig, kinds []vaultKind) error {
 	if cfg.SOPIN == nil {
-		return fmt.Errorf("%w: a vault key is missing, and making it needs the SO PIN", ErrPIN)
+		return fmt.Errorf("%w: a vault key is missing, and only the security officer can make it", ErrSOPIN)
 	}
 	if err := s.Logout(); err != nil {
 		return err
 	}
-	if err := login(s, p11.SO, longEnough("SO PIN", cfg.SOPIN)); err != nil {
+	if err := login(s, p11.SO, longEnough(ErrSOPIN, cfg.SOPIN)); err != nil {
 		return err
 	}
 	var born []p11.Handle
@@ -254,12 +254,12 @@ func InitToken(ctx context.Context, module, label string, soPIN, userPIN func() 
 	if label == "" || len(label) > 32 {
 		return "", errors.New("hsm: a token's label has 1 to 32 bytes")
 	}
-	so, err := longEnough("SO PIN", soPIN)()
+	so, err := longEnough(ErrSOPIN, soPIN)()
 	defer clear(so)
 	if err != nil {
 		return "", err
 	}
-	user, err := longEnough("user PIN", userPIN)()
+	user, err := longEnough(ErrPIN, userPIN)()
 	defer clear(user)
 	if err != nil {
 		return "", err
@@ -324,19 +324,19 @@ func initialised(mod *p11.Module, label string) (p11.Token, error) {
 	return all[i], nil
 }
 
-// longEnough reads a PIN and refuses one that is guessed too easily.
-func longEnough(name string, read func() ([]byte, error)) func() ([]byte, error) {
+// longEnough reads a PIN and refuses, as kind, one that is guessed too easily.
+func longEnough(kind error, read func() ([]byte, error)) func() ([]byte, error) {
 	return func() ([]byte, error) {
 		if read == nil {
-			return nil, fmt.Errorf("hsm: no %s was given", name)
+			return nil, fmt.Errorf("%w: none was given", kind)
 		}
 		pin, err := read()
 		if err != nil {
-			return nil, fmt.Errorf("hsm: cannot read the %s: %w", name, err)
+			return nil, fmt.Errorf("hsm: cannot read a PIN: %w", err)
 		}
 		if len(pin) < MinPINLen {
 			clear(pin)
-			return nil, fmt.Errorf("%w: the %s has fewer than %d bytes, so it can be guessed", ErrPIN, name, MinPINLen)
+			return nil, fmt.Errorf("%w: it has fewer than %d bytes, so it can be guessed; take 24 random bytes in base64", kind, MinPINLen)
 		}
 		return pin, nil
 	}

@@ -149,11 +149,11 @@ func TestInitRefuses(t *testing.T) {
 		"pinned MAC gone":    {soft, func(c *hsm.InitConfig) { c.Pins.MACKey = other }, hsm.ErrUntrusted, "MAC"},
 		"no module":          {soft, func(c *hsm.InitConfig) { c.Module = "/nonexistent.so" }, hsm.ErrUnavailable, "/nonexistent.so"},
 		"not a module":       {soft, func(c *hsm.InitConfig) { c.Module = "/bin/true" }, hsm.ErrUnavailable, "/bin/true"},
-		"short user PIN":     {fresh, func(c *hsm.InitConfig) { c.UserPIN = short }, hsm.ErrPIN, "user PIN"},
-		"short SO PIN":       {fresh, func(c *hsm.InitConfig) { c.SOPIN = short }, hsm.ErrPIN, "SO PIN"},
+		"short user PIN":     {fresh, func(c *hsm.InitConfig) { c.UserPIN = short }, hsm.ErrPIN, "fewer than 22"},
+		"short SO PIN":       {fresh, func(c *hsm.InitConfig) { c.SOPIN = short }, hsm.ErrSOPIN, "fewer than 22"},
 		"wrong user PIN":     {fresh, func(c *hsm.InitConfig) { c.UserPIN = wrong }, hsm.ErrPIN, "CKR_PIN_INCORRECT"},
-		"wrong SO PIN":       {fresh, func(c *hsm.InitConfig) { c.SOPIN = wrong }, hsm.ErrPIN, "CKR_PIN_INCORRECT"},
-		"SO PIN not at hand": {fresh, func(c *hsm.InitConfig) { c.SOPIN = nil }, hsm.ErrPIN, "SO PIN"},
+		"wrong SO PIN":       {fresh, func(c *hsm.InitConfig) { c.SOPIN = wrong }, hsm.ErrSOPIN, "CKR_PIN_INCORRECT"},
+		"SO PIN not at hand": {fresh, func(c *hsm.InitConfig) { c.SOPIN = nil }, hsm.ErrSOPIN, "vault key is missing"},
 	} {
 		before := len(objectFiles(t, c.soft))
 		cfg := initConfig(c.soft)

@@ -158,6 +158,9 @@ func findToken(mod *p11.Module, label, serial string) (p11.Token, error) {
 // login tries the PIN once and wipes it.
 func login(s *p11.Session, user p11.User, pin func() ([]byte, error)) error {
 	secret, err := pin()
+	if errors.Is(err, ErrPIN) {
+		return err
+	}
 	if err != nil {
 		return fmt.Errorf("hsm: cannot read the PIN: %w", err)
 	}
@@ -172,6 +175,9 @@ func login(s *p11.Session, user p11.User, pin func() ([]byte, error)) error {
 		return fmt.Errorf("%w: cannot log in: %w", ErrUnavailable, err)
 	}
 	// Whatever else a token answers, it may have counted the try.
+	if user == p11.SO {
+		return fmt.Errorf("%w: %w", ErrSOPIN, err)
+	}
 	return fmt.Errorf("%w: %w", ErrPIN, err)
 }
 

@@ -1,6 +1,9 @@
 package hsm
 
-import "errors"
+import (
+	"errors"
+	"fmt"
+)
 
 // Kinds of errors. Every error of this package wraps at most one of them, so
 // that a caller decides with errors.Is and never by text.
@@ -14,9 +17,13 @@ var (
 	// context ended before it came back. The same call may succeed later.
 	ErrUnavailable = errors.New("hsm: token is unavailable")
 
-	// ErrPIN: the token refused the PIN. It was tried once; nothing is tried
+	// ErrPIN: a PIN was refused, by the token or, if it is guessed too easily,
+	// before it was tried. It was tried once at the most; nothing is tried
 	// again until a person has acted and the Token is opened anew.
-	ErrPIN = errors.New("hsm: token refused the PIN")
+	ErrPIN = errors.New("hsm: PIN refused")
+
+	// ErrSOPIN is the ErrPIN that is about the security officer's.
+	ErrSOPIN = fmt.Errorf("%w: the security officer's", ErrPIN)
 
 	// ErrUnsupported: this token cannot do it, and nothing else will do it
 	// in its place. The message names what is missing.

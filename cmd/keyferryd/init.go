@@ -131,9 +131,6 @@ func (c *ceremony) initialise(ctx context.Context, cfg *config, soPIN []byte) (h
 		SOPIN: officer, UserPIN: userPIN, Reseal: c.reseal,
 		Profile: cfg.Token.Profile, Profiles: profiles,
 	})
-	if errors.Is(err, hsm.ErrPIN) && officer == nil {
-		return hsm.Pins{}, fmt.Errorf("%w: if the vault key is yet to be made, name the security officer's PIN with --so-pin-file", err)
-	}
 	return pins, tokenAdvice(err, cfg)
 }
 

@@ -62,7 +62,11 @@ func serve(ctx context.Context, cfg *config, out io.Writer, log *slog.Logger, an
 	} else if host, _, _ := net.SplitHostPort(cfg.Listen); !isLoopback(host) {
 		log.WarnContext(ctx, "serving without TLS beyond loopback: plaintexts can be read on the way", slog.String("listen", cfg.Listen))
 	}
-	if _, err := fmt.Fprintf(out, "keyferryd listening on %s://%s\n", scheme, endpoint); err != nil {
+	everywhere := ""
+	if host, _, _ := net.SplitHostPort(cfg.Listen); host == "" || net.ParseIP(host).IsUnspecified() {
+		everywhere = ", and on every other address of this machine"
+	}
+	if _, err := fmt.Fprintf(out, "keyferryd listening on %s://%s%s\n", scheme, endpoint, everywhere); err != nil {
 		return errors.Join(err, listener.Close())
 	}
 	return serveHTTP(ctx, listener, s.handler, log)

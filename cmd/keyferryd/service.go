@@ -127,6 +127,8 @@ func tokenAdvice(err error, cfg *config) error {
 	switch {
 	case err == nil:
 		return nil
+	case errors.Is(err, hsm.ErrSOPIN):
+		return fmt.Errorf("%w: name a file with the right one with --so-pin-file (no PIN is tried twice)", err)
 	case errors.Is(err, hsm.ErrPIN):
 		return fmt.Errorf("%w: put the right PIN into %s (it was tried once and will not be tried again)", err, cfg.Token.UserPINFile)
 	case errors.Is(err, hsm.ErrUntrusted):
