@@ -112,8 +112,10 @@ func (c *connection) unwrapMeasureSeal(s *session, p *pair, req ImportRequest) (
 			err = fmt.Errorf("%w: %w", p11.SessionClosed, gone)
 		}
 	}()
-	if err := readBack(s.Session, key, c.measured.Attrs()); err != nil {
+	if a, differs, err := s.Differs(key, c.measured); err != nil {
 		return Imported{}, err
+	} else if differs {
+		return Imported{}, fmt.Errorf("%w: %s of an unwrapped key is not what was asked for", ErrUntrusted, attributeName(a))
 	}
 	var out Imported
 	if out.Identity.KCV, err = measureKCV(s.Session, p11.AESECB, key); err != nil {

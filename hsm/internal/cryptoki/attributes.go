@@ -6,6 +6,7 @@ package cryptoki
 import "C"
 
 import (
+	"bytes"
 	"encoding/binary"
 	"slices"
 	"unsafe"
@@ -117,4 +118,45 @@ func (s *Session) NestedEquals(o Handle, t Attribute, want []Attr) (bool, error)
 		}
 	}
 	return true, nil
+}
+
+// Differs reads back every attribute of a flat template in one call and returns
+// the first that the token does not report as it was asked for. It is for hot
+// paths, and allocates only in C.
+func (s *Session) Differs(o Handle, t *Template) (Attribute, bool, error) {
+	n := len(t.attrs)
+	room := 0
+	for _, a := range t.attrs {
+		room += len(a.value)
+	}
+	// Room for exactly what is expected: whatever is longer is reported as
+	// CK_UNAVAILABLE_INFORMATION, and so differs.
+	p := C.calloc(1, C.size_t(n*C.sizeof_ck_attribute+room))
+	defer C.free(p)
+	attrs := unsafe.Slice((*C.ck_attribute)(p), n)
+	values := unsafe.Slice((*byte)(unsafe.Add(p, n*C.sizeof_ck_attribute)), room)
+	at := 0
+	for i, a := range t.attrs {
+		attrs[i]._type = C.ck_ulong(a.Type)
+		attrs[i].value = unsafe.Pointer(&values[at])
+		attrs[i].len = C.ck_ulong(len(a.value))
+		at += len(a.value)
+	}
+	rv := s.m.before("C_GetAttributeValue")
+	if rv == OK {
+		rv = s.m.after("C_GetAttributeValue", RV(C.kf_attributes(s.m.f, C.ck_ulong(s.h), C.ck_ulong(o), (*C.ck_attribute)(p), C.ck_ulong(n))))
+	}
+	switch rv {
+	case OK, AttributeSensitive, AttributeTypeInvalid, BufferTooSmall: // some may be there: section 5.7
+	default:
+		return 0, false, rv
+	}
+	at = 0
+	for i, a := range t.attrs {
+		if int(attrs[i].len) != len(a.value) || !bytes.Equal(values[at:at+len(a.value)], a.value) {
+			return a.Type, true, nil
+		}
+		at += len(a.value)
+	}
+	return 0, false, nil
 }
