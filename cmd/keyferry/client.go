@@ -23,9 +23,11 @@ const apiVersion = "2016-01-20"
 // client calls a KMS. It never retries: an import that may have happened is
 // looked at with status.
 type client struct {
-	url  string
-	cred acs.Credential
-	http *http.Client
+	url    string
+	plain  bool   // without TLS
+	caFile string // trusted instead of the system's certificates, if not empty
+	cred   acs.Credential
+	http   *http.Client
 }
 
 // call does one action. The answer is decoded into answer, if there is one.
@@ -34,7 +36,7 @@ func (c *client) call(ctx context.Context, action string, params url.Values, ans
 	if err == nil {
 		return nil
 	}
-	return explainCall(fmt.Errorf("%s: %w", action, err))
+	return c.explain(fmt.Errorf("%s: %w", action, err))
 }
 
 func (c *client) do(ctx context.Context, action string, params url.Values, answer any) error {
@@ -68,7 +70,7 @@ func (c *client) do(ctx context.Context, action string, params url.Values, answe
 	if response.StatusCode/100 != 2 {
 		e := &apiError{Status: response.StatusCode}
 		if json.Unmarshal(body, e) != nil || e.Code == "" {
-			return fmt.Errorf("HTTP status %s, which no KMS answers like this", response.Status)
+			return &foreignError{status: response.StatusCode, line: response.Status}
 		}
 		return e
 	}
@@ -76,6 +78,16 @@ func (c *client) do(ctx context.Context, action string, params url.Values, answe
 		return errors.New("the answer is not what a KMS answers")
 	}
 	return nil
+}
+
+// foreignError is an answer that is no KMS's.
+type foreignError struct {
+	status int
+	line   string
+}
+
+func (e *foreignError) Error() string {
+	return fmt.Sprintf("HTTP status %s, which no KMS answers like this", e.line)
 }
 
 // apiError is an error that a KMS answered.
@@ -106,9 +118,9 @@ var hints = map[string]string{
 	"Unsupported.Alias":            "give the KeyId instead of an alias",
 }
 
-// explainCall says what to do about an error of a call: what the KMS says, or
-// else what the code of its error or of the network means.
-func explainCall(err error) error {
+// explain says what to do about an error of a call: what the KMS says, or else
+// what the code of its error or of the network means.
+func (c *client) explain(err error) error {
 	var e *apiError
 	switch {
 	case errors.As(err, &e):
@@ -121,10 +133,28 @@ func explainCall(err error) error {
 		}
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return withHint(err, "nothing listens there: check --endpoint, and that the KMS is running")
+	case c.plain && mayBeTLS(err):
+		return withHint(err, "the server may speak TLS: give --ca-file FILE (or --plain-http=false)")
+	case c.caFile != "" && strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
+		return withHint(err, "if the KMS is meant to speak without TLS, give --plain-http instead of --ca-file")
 	case strings.Contains(err.Error(), "server gave HTTP response to HTTPS client"):
 		return withHint(err, "if the KMS is meant to speak without TLS, give --plain-http")
+	case isNameError(err):
+		return withHint(err, "give --endpoint with a name that the server's certificate is for")
+	case isCertificateError(err) && c.caFile != "":
+		return withHint(err, "check that %s holds the certificate of the authority that signed the server's, and that neither has expired", c.caFile)
 	case isCertificateError(err):
 		return withHint(err, "if the certificate is signed by an authority of your own, give --ca-file FILE")
 	}
 	return err
+}
+
+// mayBeTLS reports whether an error is what a client without TLS gets from a
+// server with it: an alert that is no HTTP, a closed connection, or the status
+// 400 that servers answer who recognise HTTP.
+func mayBeTLS(err error) bool {
+	var foreign *foreignError
+	return errors.Is(err, syscall.ECONNRESET) || errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		strings.Contains(err.Error(), "malformed HTTP") ||
+		errors.As(err, &foreign) && foreign.status == http.StatusBadRequest
 }

@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"strconv"
 	"strings"
 	"time"
 
@@ -32,19 +33,22 @@ type connection struct {
 	secretFile  string
 	credentials string
 	caFile      string
-	plainHTTP   bool
+	plainHTTP   *bool // nil: HTTP for this machine itself unless caFile is given
 }
 
 func (c *connection) register(cmd *cobra.Command) {
 	f := cmd.Flags()
-	f.StringVar(&c.endpoint, "endpoint", "", "`HOST[:PORT]` of the KMS (default: Alibaba Cloud's in the region)")
+	f.StringVar(&c.endpoint, "endpoint", "", "`HOST[:PORT]` of the KMS (default: that of the credentials file; without such a file, Alibaba Cloud's in the region)")
 	f.StringVar(&c.region, "region", "", "region `NAME`, such as cn-hangzhou")
 	f.StringVar(&c.accessKeyID, "access-key-id", "", "access key `ID`")
 	f.StringVar(&c.secretFile, "access-key-secret-file", "", "`FILE` with the secret of the access key")
-	f.StringVar(&c.credentials, "credentials", "", "`FILE` with all of these, as keyferryd dev writes it (default: $"+credentialsVariable+")")
+	f.StringVar(&c.credentials, "credentials", "", "`FILE` with endpoint, region, access key id and secret, as keyferryd dev writes it; flags win (default: $"+credentialsVariable+")")
 	f.StringVar(&c.caFile, "ca-file", "", "`FILE` with the certificates, in PEM, to trust instead of the system's")
-	f.BoolVar(&c.plainHTTP, "plain-http", false, "use HTTP without TLS, as is done with this machine itself unless --ca-file is given")
-	cmd.MarkFlagsMutuallyExclusive("plain-http", "ca-file")
+	f.BoolFunc("plain-http", "use HTTP without TLS, as is done with this machine itself unless --ca-file or --plain-http=false is given", func(s string) error {
+		plain, err := strconv.ParseBool(s)
+		c.plainHTTP = &plain
+		return err
+	})
 }
 
 // credentialsFile is what keyferryd dev writes for its clients.
@@ -57,6 +61,9 @@ type credentialsFile struct {
 
 // client reads what the flags name and makes a client of it.
 func (c *connection) client(std *streams) (*client, error) {
+	if c.plainHTTP != nil && *c.plainHTTP && c.caFile != "" {
+		return nil, usage("--plain-http and --ca-file exclude each other")
+	}
 	settings, err := c.settings()
 	if err != nil {
 		return nil, err
@@ -73,15 +80,21 @@ func (c *connection) client(std *streams) (*client, error) {
 		}
 	}
 	scheme, loopback := "https", isLoopback(settings.Endpoint)
-	if c.plainHTTP || c.caFile == "" && loopback {
+	plain := c.caFile == "" && loopback
+	if c.plainHTTP != nil {
+		plain = *c.plainHTTP
+	}
+	if plain {
 		scheme = "http"
 	}
-	if scheme == "http" && !loopback {
+	if plain && !loopback {
 		fmt.Fprintln(std.err, "keyferry: warning: without TLS, who is on the way to the KMS can swap its public key and read what is wrapped under it")
 	}
 	return &client{
-		url:  scheme + "://" + settings.Endpoint + "/",
-		cred: acs.Credential{AccessKeyID: settings.AccessKeyID, Secret: acs.NewSecret([]byte(settings.AccessKeySecret))},
+		plain:  plain,
+		caFile: c.caFile,
+		url:    scheme + "://" + settings.Endpoint + "/",
+		cred:   acs.Credential{AccessKeyID: settings.AccessKeyID, Secret: acs.NewSecret([]byte(settings.AccessKeySecret))},
 		http: &http.Client{
 			Transport: transport,
 			Timeout:   time.Minute,
@@ -103,9 +116,12 @@ func (c *connection) settings() (credentialsFile, error) {
 		if err != nil {
 			return s, fmt.Errorf("reading credentials: %w", err)
 		}
-		if json.Unmarshal(data, &s) != nil { // its error would quote the file
-			return s, withHint(fmt.Errorf("%s is no credentials file", name),
-				"it is a JSON object with endpoint, region, access_key_id and access_key_secret, as keyferryd dev writes it")
+		if s, err = parseCredentials(name, data); err != nil {
+			return s, err
+		}
+		// A file without an endpoint must not send a key to whoever is the default.
+		if s.Endpoint == "" && c.endpoint == "" {
+			return s, withHint(fmt.Errorf("%s names no endpoint", name), "add \"endpoint\": \"HOST:PORT\" to it, or give --endpoint")
 		}
 	}
 	if c.secretFile != "" {
@@ -129,6 +145,27 @@ func (c *connection) settings() (credentialsFile, error) {
 			"give --credentials FILE (or %s=FILE), or --endpoint or --region, --access-key-id and --access-key-secret-file", credentialsVariable)
 	}
 	return s, nil
+}
+
+// parseCredentials takes no field that it does not know: a misspelt one would
+// silently leave its place to a default.
+func parseCredentials(name string, data []byte) (credentialsFile, error) {
+	const form = "it is a JSON object with endpoint, region, access_key_id and access_key_secret, as keyferryd dev writes it"
+	var s credentialsFile
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	err := d.Decode(&s)
+	if err == nil {
+		if _, err = d.Token(); errors.Is(err, io.EOF) {
+			return s, nil
+		}
+		err = errors.New("more than one JSON value")
+	}
+	if field, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
+		return credentialsFile{}, withHint(fmt.Errorf("%s has an unknown field %s", name, field), form)
+	}
+	// Any other error might quote the file.
+	return credentialsFile{}, withHint(fmt.Errorf("%s is no credentials file", name), form)
 }
 
 func override(value *string, flag string) {
@@ -178,5 +215,11 @@ func isLoopback(endpoint string) bool {
 // isCertificateError reports whether TLS failed for the server's certificate.
 func isCertificateError(err error) bool {
 	var e *tls.CertificateVerificationError
+	return errors.As(err, &e)
+}
+
+// isNameError reports whether that was because it is for another host.
+func isNameError(err error) bool {
+	var e x509.HostnameError
 	return errors.As(err, &e)
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -30,6 +31,7 @@ type importOptions struct {
 	pairSpec        string
 	expire          string
 	verify          bool
+	cmd             *cobra.Command // knows the flags as they were given
 }
 
 func newImport(std *streams) *cobra.Command {
@@ -42,7 +44,7 @@ get a public key, wrap the material under it, and hand it over. Prints what
 identifies the material, to be compared with what the KMS shows.
 
 Once material was imported into a key, only the same can be imported again.`,
-		Example: `  keyferry import --in key.bin --credentials credentials.json
+		Example: `  keyferry import --in key.bin --credentials credentials.json --algorithm RSAES_OAEP_SHA_1
   keyferry import --in key.bin --key-id 2f9c8b1e-6d0a-4c55-9a43-1b7e5d3c0f21 --expire 90d`,
 		Args: noArguments,
 		RunE: failing(func(ctx context.Context) error { return o.run(ctx, std) }),
@@ -51,11 +53,12 @@ Once material was imported into a key, only the same can be imported again.`,
 	o.source.register(cmd)
 	registerAlgorithm(cmd, &o.algorithm)
 	f := cmd.Flags()
+	o.cmd = cmd
 	f.StringVar(&o.keyID, "key-id", "", "`KeyId` of the key to import into (default: a new key)")
 	f.StringVar(&o.keySpec, "key-spec", "", "what the material is for: Aliyun_AES_256 (32 bytes) or Aliyun_SM4 (16 bytes) (default: that of the key; of a new one, Aliyun_AES_256)")
 	f.StringVar(&o.description, "description", "", "`TEXT` that describes a new key")
 	f.StringVar(&o.protectionLevel, "protection-level", "", "protection `LEVEL` of a new key: SOFTWARE or HSM (default: as the KMS decides)")
-	f.StringVar(&o.pairSpec, "wrapping-key-spec", "", "`SPEC` of the public key to wrap under (default: RSA_2048, or EC_SM2 for SM2PKE)")
+	f.StringVar(&o.pairSpec, "wrapping-key-spec", "", "`SPEC` of the public key to wrap under: "+strings.Join(pairSpecs, ", ")+" (default: RSA_2048, or EC_SM2 for SM2PKE)")
 	f.StringVar(&o.expire, "expire", "", "`WHEN` the material expires: 2027-01-31T00:00:00Z, or 90d or 12h from now (default: never)")
 	f.BoolVar(&o.verify, "verify", false, "have the KMS refuse material that it does not measure as this (keyferryd only)")
 	return cmd
@@ -95,21 +98,25 @@ func (o *importOptions) run(ctx context.Context, std *streams) error {
 		return err
 	}
 	report, err := o.importInto(ctx, c, key, material, expireAt)
-	if err != nil && o.keyID == "" {
-		return fmt.Errorf("key %s was made, but nothing imported: to go on, give --key-id %s: %w", key.KeyID, key.KeyID, err)
-	}
 	if err != nil {
 		return err
 	}
 	return o.print(std, report)
 }
 
-// validate finds what is wrong with the command line before anything is done.
+// pairSpecs are those of the public keys that algorithms wrap under.
+var pairSpecs = []string{"RSA_2048", "RSA_3072", "RSA_4096", pairSM2}
+
+// pairSM2 is the spec for SM2PKE, and for it alone.
+const pairSM2 = "EC_SM2"
+
+// validate finds what is wrong with the command line before anything is done:
+// what the KMS refuses later leaves a key without material behind.
 func (o *importOptions) validate() error {
 	if o.pairSpec == "" {
 		o.pairSpec = "RSA_2048"
 		if o.algorithm == byok.SM2PKE {
-			o.pairSpec = "EC_SM2"
+			o.pairSpec = pairSM2
 		}
 	}
 	switch {
@@ -117,6 +124,12 @@ func (o *importOptions) validate() error {
 		return usage("--description and --protection-level are for a new key, and --key-id names one")
 	case o.keySpec != "" && byok.MaterialLen(o.keySpec) == 0:
 		return unknownKeySpec(o.keySpec)
+	case !slices.Contains(algorithms, o.algorithm):
+		return withHint(usage("unknown wrapping algorithm %q", o.algorithm), "give --algorithm as one of %s", strings.Join(algorithms, ", "))
+	case !slices.Contains(pairSpecs, o.pairSpec):
+		return withHint(usage("unknown wrapping key spec %q", o.pairSpec), "give --wrapping-key-spec as one of %s", strings.Join(pairSpecs, ", "))
+	case (o.algorithm == byok.SM2PKE) != (o.pairSpec == pairSM2):
+		return withHint(usage("%s does not wrap under a key of spec %s", o.algorithm, o.pairSpec), "%s goes with %s, all others with RSA", byok.SM2PKE, pairSM2)
 	}
 	return nil
 }
@@ -197,15 +210,15 @@ func (o *importOptions) importInto(ctx context.Context, c *client, key keyMetada
 		}
 	}
 	if err := o.wrapFor(ctx, c, key.KeyID, material, params); err != nil {
-		return importReport{}, err
+		return importReport{}, o.explainNew(key.KeyID, err)
 	}
 	if err := c.call(ctx, "ImportKeyMaterial", params, nil); err != nil {
-		return importReport{}, o.explainImport(err)
+		return importReport{}, o.explainNew(key.KeyID, o.explainImport(err))
 	}
 
 	after, err := describe(ctx, c, key.KeyID)
 	if err != nil {
-		return importReport{}, fmt.Errorf("the material was imported, but then: %w", err)
+		return importReport{}, fmt.Errorf("the material was imported into key %s, but then: %w", key.KeyID, err)
 	}
 	if after.KeyMaterialID != "" && after.KeyMaterialID != report.MaterialID {
 		return importReport{}, withHint(fmt.Errorf("the KMS measured another material id: %s instead of %s", after.KeyMaterialID, report.MaterialID),
@@ -242,14 +255,10 @@ func (o *importOptions) wrapFor(ctx context.Context, c *client, keyID string, ma
 // It is never tried unasked: the customer decides how a key travels.
 func (o *importOptions) explainParameters(err error) error {
 	var e *apiError
-	if !errors.As(err, &e) || e.Code != "InvalidParameter" || !strings.Contains(e.Message, "Wrapping") {
+	if !errors.As(err, &e) || !refuses(err, "Wrapping") {
 		return err
 	}
-	other := byok.OAEPSHA1
-	if o.algorithm == byok.OAEPSHA1 {
-		other = byok.OAEPSHA256
-	}
-	hint := fmt.Sprintf("the KMS does not offer %s with %s: try --algorithm %s", o.algorithm, o.pairSpec, other)
+	hint := fmt.Sprintf("the KMS does not offer %s with %s: try --algorithm %s", o.algorithm, o.pairSpec, o.otherAlgorithm())
 	if e.Recommend != "" && !strings.Contains(e.Recommend, "://") {
 		hint += " (" + e.Recommend + ")"
 	}
@@ -259,11 +268,80 @@ func (o *importOptions) explainParameters(err error) error {
 // explainImport knows the one refusal that --verify mends: keyferryd takes
 // RSAES_PKCS1_V1_5 from some tokens only with an expectation.
 func (o *importOptions) explainImport(err error) error {
-	var e *apiError
-	if !o.verify && errors.As(err, &e) && e.Code == "InvalidParameter" && strings.Contains(e.Message, "Expect") {
+	if !o.verify && refuses(err, "Expect") {
 		return withHint(err, "with %s this KMS imports only what is expected: give --verify", o.algorithm)
 	}
 	return err
+}
+
+// refuses reports whether the KMS refused a parameter whose name begins so.
+func refuses(err error, parameter string) bool {
+	var e *apiError
+	return errors.As(err, &e) && e.Code == "InvalidParameter" && strings.Contains(e.Message, parameter)
+}
+
+func (o *importOptions) otherAlgorithm() string {
+	if o.algorithm == byok.OAEPSHA1 {
+		return byok.OAEPSHA256
+	}
+	return byok.OAEPSHA1
+}
+
+// explainNew says of a key that was made by this command that it is there, and
+// how to go on with it, so that a second try does not make a second key.
+func (o *importOptions) explainNew(keyID string, err error) error {
+	if o.keyID != "" {
+		return err
+	}
+	hint := "to go on: " + o.again(keyID, err)
+	var hinted *hintedError
+	if errors.As(err, &hinted) {
+		hint = hinted.hint + "; " + hint
+	}
+	return withHint(fmt.Errorf("key %s was made, but nothing imported: %w", keyID, err), "%s", hint)
+}
+
+// again is the command line that goes on after an error with the key that was
+// made. It holds no secret, as no flag does.
+func (o *importOptions) again(keyID string, err error) string {
+	algorithm, command := o.algorithm, "keyferry import --key-id "+quote(keyID)
+	if refuses(err, "Wrapping") {
+		algorithm = o.otherAlgorithm()
+	}
+	command += " --algorithm " + algorithm
+	if (algorithm == byok.SM2PKE) == (o.pairSpec == pairSM2) {
+		command += o.given("wrapping-key-spec")
+	}
+	command += o.given("in", "key-spec", "expire", "credentials", "endpoint", "region", "access-key-id", "access-key-secret-file", "ca-file")
+	if o.conn.plainHTTP != nil {
+		command += " --plain-http=" + strconv.FormatBool(*o.conn.plainHTTP)
+	}
+	if o.verify || refuses(err, "Expect") {
+		command += " --verify"
+	}
+	return command
+}
+
+// given are those of the named flags that were given, as they were.
+func (o *importOptions) given(names ...string) string {
+	var text string
+	for _, name := range names {
+		if o.cmd.Flags().Changed(name) {
+			text += " --" + name + " " + quote(o.cmd.Flags().Lookup(name).Value.String())
+		}
+	}
+	return text
+}
+
+// quote makes a word of a shell's command line.
+func quote(s string) string {
+	plain := func(r rune) bool {
+		return 'a' <= r && r <= 'z' || 'A' <= r && r <= 'Z' || '0' <= r && r <= '9' || strings.ContainsRune("-_./:+", r)
+	}
+	if s != "" && strings.TrimLeftFunc(s, plain) == "" {
+		return s
+	}
+	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
 func (o *importOptions) print(std *streams, r importReport) error {
@@ -281,6 +359,6 @@ func (o *importOptions) print(std *streams, r importReport) error {
 		row{"Key check value", r.KCV + " (" + r.KCVAlgorithm + ")"},
 		row{"Material id", r.MaterialID},
 		row{"Measured", measured},
-		row{"Expires", expires},
+		row{"Material expires", expires},
 	)
 }

@@ -68,7 +68,7 @@ func newRoot(std *streams) *cobra.Command {
 Key material comes from a file or a pipe, never from an argument:
 
   keyferry generate --out key.bin
-  keyferry import --in key.bin --credentials credentials.json`,
+  keyferry import --in key.bin --credentials credentials.json --algorithm RSAES_OAEP_SHA_1`,
 		Args:          noArguments,
 		RunE:          func(*cobra.Command, []string) error { return errors.New("a command is missing") },
 		SilenceErrors: true, // run tells them

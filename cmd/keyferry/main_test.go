@@ -2,8 +2,13 @@ package main
 
 import (
 	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
+	"syscall"
 	"testing"
 	"time"
 
@@ -33,6 +38,9 @@ func TestExitStatus(t *testing.T) {
 		{exitUsage, []string{"material-id", "--in", key}},
 		{exitUsage, []string{"status", "--key-id", "k"}},
 		{exitUsage, []string{"import", "--in", key, "--expire", "soon"}},
+		{exitUsage, []string{"import", "--in", key, "--algorithm", "none"}},
+		{exitUsage, []string{"import", "--in", key, "--wrapping-key-spec", "RSA_1024"}},
+		{exitUsage, []string{"import", "--in", key, "--algorithm", "SM2PKE", "--wrapping-key-spec", "RSA_2048"}},
 	} {
 		t.Setenv(credentialsVariable, "")
 		null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
@@ -97,7 +105,8 @@ func TestEndpointOfARegion(t *testing.T) {
 	require.Equal(t, "secret-of-the-test", string(c.cred.Secret.Bytes()))
 	require.Empty(t, stderr.String())
 
-	conn.plainHTTP = true
+	plain := true
+	conn.plainHTTP = &plain
 	c, err = conn.client(&streams{err: &stderr})
 	require.NoError(t, err)
 	require.Equal(t, "http://kms.cn-hangzhou.aliyuncs.com/", c.url)
@@ -115,4 +124,36 @@ func TestWipeClearsWhatWasReadAround(t *testing.T) {
 	all := material[:cap(material)]
 	wipe(material[:32])
 	require.NotContains(t, all, byte(0xa5))
+}
+
+// A server with TLS answers one without in several ways, by its make and by luck.
+func TestMayBeTLS(t *testing.T) {
+	for _, err := range []error{
+		&net.OpError{Op: "read", Err: os.NewSyscallError("read", syscall.ECONNRESET)},
+		io.EOF,
+		io.ErrUnexpectedEOF,
+		errors.New(`net/http: HTTP/1.x transport connection broken: malformed HTTP response "\x15\x03\x01"`),
+		&foreignError{status: 400, line: "400 Bad Request"},
+	} {
+		err = fmt.Errorf("DescribeKey: %w", err)
+		var hinted *hintedError
+		require.ErrorAs(t, (&client{plain: true}).explain(err), &hinted)
+		require.Equal(t, "the server may speak TLS: give --ca-file FILE (or --plain-http=false)", hinted.hint)
+		require.Equal(t, err, (&client{}).explain(err), "TLS was spoken")
+	}
+	require.False(t, mayBeTLS(&foreignError{status: 307}))
+	require.False(t, mayBeTLS(&apiError{Status: 400}))
+}
+
+func TestQuote(t *testing.T) {
+	for s, want := range map[string]string{
+		"key-1_a.b/c:+": "key-1_a.b/c:+",
+		"":              "''",
+		"my key":        "'my key'",
+		"a'b":           `'a'\''b'`,
+		"$(x)":          "'$(x)'",
+		"~":             "'~'",
+	} {
+		require.Equal(t, want, quote(s))
+	}
 }

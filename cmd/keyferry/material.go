@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
+	"unicode"
 
 	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
@@ -100,12 +102,17 @@ func check(std *streams, material []byte, keySpec string) error {
 		return nil
 	}
 	err := fmt.Errorf("key material has %d bytes, but %s has exactly %d", len(material), keySpec, want)
-	text := bytes.TrimSpace(material)
+	// Lines of xxd -p are shorter than a key.
+	text := slices.DeleteFunc(slices.Clone(material), func(c byte) bool { return c < 0x80 && unicode.IsSpace(rune(c)) })
+	defer wipe(text)
 	switch {
 	case len(material) == 0:
 		return withHint(err, "the file or pipe is empty")
 	case hex.DecodedLen(len(text)) == want && isHex(text):
 		return withHint(err, "it is hexadecimal text; decode it first, as in: xxd -r -p FILE | keyferry ...")
+	case len(material) > len(text) && isOtherHex(text):
+		return withHint(err, "it is hexadecimal text of %d bytes; decode it first, as in: xxd -r -p FILE | keyferry ..., and give the --key-spec of that length",
+			hex.DecodedLen(len(text)))
 	case isBase64(text, want):
 		return withHint(err, "it is Base64 text; decode it first, as in: base64 -d FILE | keyferry ...")
 	case len(material) > want && len(bytes.TrimRight(material, "\r\n")) == want:
@@ -133,6 +140,12 @@ func isHex(text []byte) bool {
 	defer clear(b)
 	_, err := hex.Decode(b, text)
 	return err == nil
+}
+
+// isOtherHex reports whether text spells material of any key spec.
+func isOtherHex(text []byte) bool {
+	n := hex.DecodedLen(len(text))
+	return (n == byok.MaterialLen(byok.AES256) || n == byok.MaterialLen(byok.SM4)) && isHex(text)
 }
 
 func isBase64(text []byte, want int) bool {

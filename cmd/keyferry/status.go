@@ -74,6 +74,10 @@ func status(ctx context.Context, std *streams, conn *connection, keyID string) e
 	if k.KeyCheckValueAlgorithm != "" {
 		kcv += " (" + k.KeyCheckValueAlgorithm + ")"
 	}
+	expires := k.MaterialExpireTime
+	if expires == "" && k.Origin == origin && (k.KeyState == "Enabled" || k.KeyState == "Disabled") {
+		expires = "never" // in other states there may be no material
+	}
 	return std.report(
 		keyReport{
 			KeyID: k.KeyID, KeySpec: k.KeySpec, State: k.KeyState, Origin: k.Origin,
@@ -86,7 +90,7 @@ func status(ctx context.Context, std *streams, conn *connection, keyID string) e
 		row{"State", k.KeyState},
 		row{"Created", k.CreationDate},
 		row{"To be deleted", k.DeleteDate},
-		row{"Material expires", k.MaterialExpireTime},
+		row{"Material expires", expires},
 		row{"Key check value", kcv},
 		row{"Material id", k.KeyMaterialID},
 	)
