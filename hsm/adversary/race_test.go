@@ -23,23 +23,13 @@ func races(g *group) {
 	g.race("T9/template changed, customer's blob", "T9", func() thief.Loot { return customers.RaceTemplate(n) })
 	g.race("T9/template changed, sealed blob", "T9", func() thief.Loot { return sealed.RaceTemplate(cheap) })
 
-	// The vault has no other secret than the value that its guards keep.
-	copies := tries(100, 2_000)
-	g.race("T12/vault copied while it is copied", "T12", func() thief.Loot { return sealed.RaceCopy(uint(x), copies) })
-
-	readable := func() uint {
-		return uint(g.ownAES(nil, pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true)))
-	}
-	g.race("T16/result changed, customer's blob", "T16", func() thief.Loot { return customers.RaceResult(readable(), n) })
-	g.race("T16/result changed, sealed blob", "T16", func() thief.Loot { return sealed.RaceResult(readable(), cheap) })
-
 	bulky := customers
 	bulky.Template = slowly(customers.Template)
-	g.race("T14/object changed in the making, customer's blob", "T14", func() thief.Loot { return bulky.RaceObject(uint(x), tries(100, 2_000)) })
+	g.race("T14/object changed in the making, customer's blob", "T14", func() thief.Loot { return bulky.RaceObject(uint(x), tries(200, 4_000)) })
 	bulky = sealed
 	bulky.Template = slowly(sealed.Template)
 	g.try("T14/object changed in the making, sealed blob", refused(errNotRead), func() error {
-		return g.read(bulky.RaceObject(uint(x), tries(100, 2_000)))
+		return g.read(bulky.RaceObject(uint(x), tries(50, 500)))
 	})
 
 	other := customers
@@ -52,6 +42,25 @@ func races(g *group) {
 		}
 		return nil
 	})
+
+	// What the token makes here and the thief has no handle of goes with a
+	// session of its own.
+	for name, u := range map[string]thief.Unwrapping{"customer's blob": customers, "sealed blob": sealed} {
+		most := n
+		if u.Key == sealed.Key {
+			most = cheap
+		}
+		y := g.session(g.t)
+		own := g.ownAES(nil, pkcs11.NewAttribute(pkcs11.CKA_SENSITIVE, false), pkcs11.NewAttribute(pkcs11.CKA_EXTRACTABLE, true))
+		u.Session = uint(y)
+		g.race("T16/result changed, "+name, "T16", func() thief.Loot { return u.RaceResult(uint(own), most) })
+		_ = g.p.CloseSession(y)
+		g.destroy(own)
+	}
+
+	// Last, for every try leaves a copy of the vault that nobody can destroy. The
+	// vault has no secret but the value that its guards keep.
+	g.race("T12/vault copied while it is copied", "T12", func() thief.Loot { return sealed.RaceCopy(uint(x), tries(100, 2_000)) })
 }
 
 // read is nil if the loot is the customer's material.
@@ -86,7 +95,7 @@ func (g *group) race(name, id string, run func() thief.Loot) {
 // pins and which take the token their time.
 func slowly(template []thief.Attribute) []thief.Attribute {
 	var first, last []thief.Attribute
-	for range 4 {
+	for range 2 {
 		first = append(first, thief.Attribute{Type: pkcs11.CKA_ID, Value: make([]byte, 1<<16)})
 	}
 	for _, a := range template {

@@ -5,14 +5,17 @@
 #include "calls.h"
 
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stddef.h>
 #include <string.h>
+#include <time.h>
+
+#ifdef __linux__
+#include <sched.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
-#include <time.h>
 #include <unistd.h>
+#endif
 
 // look reads the object that came of a try and destroys it.
 static int look(functions_t *f, ulong_t session, ulong_t handle, loot_t *out) {
@@ -199,11 +202,27 @@ typedef struct {
 	loot_t *out;
 } copier_t;
 
-static void pin(int cpu) {
+// share has a thread run on one processor only, and give way to others there or
+// not. Elsewhere than on Linux it is left to luck who is interrupted when.
+static void share(int cpu, int give_way) {
+#ifdef __linux__
 	cpu_set_t one;
 	CPU_ZERO(&one);
 	CPU_SET(cpu, &one);
 	sched_setaffinity(0, sizeof one, &one);
+	if (give_way) setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 19);
+#else
+	(void)cpu;
+	(void)give_way;
+#endif
+}
+
+static int this_cpu(void) {
+#ifdef __linux__
+	return sched_getcpu();
+#else
+	return 0;
+#endif
 }
 
 // copy copies the key with an empty template again and again. It runs on the
@@ -211,8 +230,7 @@ static void pin(int cpu) {
 // wherever it happens to be.
 static void *copy(void *arg) {
 	copier_t *p = arg;
-	pin(p->cpu);
-	setpriority(PRIO_PROCESS, (id_t)syscall(SYS_gettid), 19);
+	share(p->cpu, 1);
 	while (p->out->tries < p->tries && !atomic_load(&p->stolen)) {
 		attribute_t none;
 		ulong_t handle = 0;
@@ -223,7 +241,7 @@ static void *copy(void *arg) {
 	return NULL;
 }
 
-// open unwraps the blob under a copy, for everybody to read.
+// open_with unwraps the blob under a copy, for everybody to read.
 static int open_with(copier_t *p, ulong_t key) {
 	ulong_t class = CKO_SECRET_KEY, type = CKK_AES, handle = 0;
 	byte_t yes = 1, no = 0;
@@ -245,7 +263,7 @@ static void *snatch(void *arg) {
 	byte_t no = 0;
 	ulong_t class = CKO_SECRET_KEY;
 	attribute_t secret = {CKA_CLASS, &class, sizeof class}, session_object = {CKA_TOKEN, &no, 1};
-	pin(p->cpu);
+	share(p->cpu, 0);
 	ulong_t known = newest(f, p->session2, &secret, 1);
 	while (!atomic_load(&p->stop)) {
 		struct timespec nap = {0, 20000};
@@ -267,7 +285,7 @@ static void *snatch(void *arg) {
 // thief_race_copy copies u's key while a second thread, with a session of its
 // own, copies the copy in the making, and unwraps u's blob with what it gets.
 void thief_race_copy(unwrap_t *u, ulong_t session2, ulong_t tries, loot_t *out) {
-	copier_t p = {.u = u, .session2 = session2, .tries = tries, .cpu = sched_getcpu(), .out = out};
+	copier_t p = {.u = u, .session2 = session2, .tries = tries, .cpu = this_cpu(), .out = out};
 	pthread_t a, b;
 	if (pthread_create(&b, NULL, snatch, &p) != 0) return;
 	if (pthread_create(&a, NULL, copy, &p) == 0) pthread_join(a, NULL);
