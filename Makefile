@@ -42,6 +42,10 @@ test: deps ## run the tests, with the race detector, on real SoftHSM2 tokens
 test-all: export KEYFERRY_SLOW := 1
 test-all: test ## the same and everything slow too (KEYFERRY_SLOW=1)
 
+.PHONY: test-races
+test-races: deps ## race stock SoftHSM2 for its keys, as hsm/adversary knows how (may crash it)
+	KEYFERRY_RACES=1 $(GO) test -count=1 -v -run Thief ./hsm/adversary
+
 .PHONY: test-container
 test-container: ## run the tests in a container, then keyferryd in one against SDKs outside
 	softhsm/test-container.sh

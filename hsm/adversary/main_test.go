@@ -19,7 +19,7 @@
 //	          Padding Oracle Attacks on Cryptographic Hardware, CRYPTO 2012
 //	manger    Manger: A Chosen Ciphertext Attack on RSA-OAEP, CRYPTO 2001
 //
-// KEYFERRY_SLOW=1 races longer and conjures more.
+// KEYFERRY_SLOW=1 races longer and conjures more, KEYFERRY_RACES=1 races at all.
 package adversary
 
 import (
@@ -35,6 +35,9 @@ func TestMain(m *testing.M) {
 	}
 	goleak.VerifyTestMain(m)
 }
+
+// racing reports whether the attacks run that race the token in memory.
+func racing() bool { return os.Getenv("KEYFERRY_RACES") == "1" }
 
 // slow reports whether a run may take minutes.
 func slow() bool { return os.Getenv("KEYFERRY_SLOW") == "1" }

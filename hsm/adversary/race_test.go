@@ -13,13 +13,19 @@ import (
 func races(g *group) {
 	customers := g.unwrapping(g.wrapping, pkcs11.CKM_RSA_PKCS_OAEP, g.captured, g.pairPins)
 	sealed := g.unwrapping(g.vault, pkcs11.CKM_AES_KEY_WRAP, g.sealed.Ref, g.vaultPins)
-	x := g.session(g.t)
-	defer func() { _ = g.p.CloseSession(x) }()
-	n, cheap := tries(500, 20_000), tries(5_000, 20_000) // an RSA operation each, and none
-
 	g.try("T9/result written over the template, customer's blob", hole("T9", errNotRead), func() error { return g.read(customers.Aliased()) })
 	// Here false is all that can be written, and EXTRACTABLE is pinned to it.
 	g.try("T9/result written over the template, sealed blob", refused(errNotRead), func() error { return g.read(sealed.Aliased()) })
+	if !racing() {
+		for _, id := range []string{"T9", "T12", "T13", "T14", "T16"} {
+			g.report.unlucky[id] = true
+		}
+		g.t.Log(`not raced: "make test-races" does, for what is raced in memory may crash SoftHSM2, and this process with it`)
+		return
+	}
+	x := g.session(g.t)
+	defer func() { _ = g.p.CloseSession(x) }()
+	n, cheap := tries(500, 20_000), tries(5_000, 20_000) // an RSA operation each, and none
 	g.race("T9/template changed, customer's blob", "T9", func() thief.Loot { return customers.RaceTemplate(n) })
 	g.race("T9/template changed, sealed blob", "T9", func() thief.Loot { return sealed.RaceTemplate(cheap) })
 
