@@ -5,10 +5,13 @@
 # installed. Anybody else gets them downloaded by apt, with a state directory
 # of its own, and unpacked into build/deps, where FindModule and the Makefile
 # look. Says nothing and is quick where everything is there already.
+#
+#   deps.sh softhsm   brings what softhsm/build.sh needs, too
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 deps=$PWD/build/deps
+building=${1:-}
 
 say() { printf 'deps: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -39,6 +42,11 @@ missing() {
   module >/dev/null || echo softhsm2
   PATH="$deps/usr/bin:$PATH" command -v openssl >/dev/null || echo openssl
   command -v "${CC:-gcc}" >/dev/null || echo gcc libc6-dev
+  if [ "$building" = softhsm ]; then
+    PATH="$deps/usr/bin:$PATH" command -v g++ >/dev/null || echo g++
+    PATH="$deps/usr/bin:$PATH" command -v patch >/dev/null || echo patch
+    [ -f /usr/include/openssl/evp.h ] || [ -f "$deps/usr/include/openssl/evp.h" ] || echo libssl-dev
+  fi
 }
 
 # retry runs a command up to three times, for a network that hiccups.
