@@ -24,10 +24,6 @@ deps: ## install what is missing (without root: unpack it into build/deps)
 softhsm: ## build a SoftHSM2 with SM2, SM4 and OAEP-SHA-256, and without known holes, into build/softhsm
 	@softhsm/build.sh
 
-.PHONY: softhsm
-softhsm: ## build the SoftHSM2 that has SM2 and SM4 and fewer holes into build/softhsm
-	@softhsm/build.sh
-
 .PHONY: build
 build: ## build bin/keyferryd (with cgo, for PKCS#11) and bin/keyferry (pure Go)
 	CGO_ENABLED=1 $(GO) build -trimpath -o bin/keyferryd ./cmd/keyferryd

@@ -77,7 +77,7 @@ Acquire::Retries "3";
 CONF
   # A source that does not answer need not be the one that has it.
   apt-get -q -c "$work/apt.conf" update || true
-  version=$(apt-cache -c "$work/apt.conf" showsrc --only-source softhsm2 | awk '$1 == "Version:" && $2 ~ /^2\.6\.1-/ { print $2; exit }') || return
+  version=$(apt-cache -c "$work/apt.conf" showsrc --only-source softhsm2 | awk '$1 == "Version:" && $2 ~ /^2\.6\.1-/ { v = $2 } END { print v }') || return
   if [ -z "$version" ]; then
     echo "these package sources have no softhsm2 2.6.1"
     return 1
