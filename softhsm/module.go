@@ -38,18 +38,49 @@ func FindModule() (string, error) {
 		}
 		return filepath.Abs(path)
 	}
-	for _, pattern := range slices.Concat(privateModules(), distributionModules) {
+	found, err := modules(slices.Concat(below("build/deps/usr/lib/*-linux-gnu*/softhsm"), distributionModules))
+	if err != nil || len(found) == 0 {
+		return "", errors.Join(err, ErrNoModule)
+	}
+	return found[0], nil
+}
+
+// Modules answers every SoftHSM2 of this machine, each once: first the one that
+// FindModule answers, then what "make softhsm" built. It is for tests that go
+// through all of them, each in a process of its own.
+func Modules() ([]string, error) {
+	first, err := FindModule()
+	if err != nil {
+		return nil, err
+	}
+	others, err := modules(slices.Concat(
+		below("build/softhsm/lib/softhsm"), below("build/deps/usr/lib/*-linux-gnu*/softhsm"), distributionModules))
+	if err != nil {
+		return nil, err
+	}
+	seen := make(map[string]bool)
+	return slices.DeleteFunc(append([]string{first}, others...), func(path string) bool {
+		real, err := filepath.EvalSymlinks(path)
+		again := err != nil || seen[real]
+		seen[real] = true
+		return again
+	}), nil
+}
+
+// modules answers what is there of the patterns, in their order.
+func modules(patterns []string) (found []string, err error) {
+	for _, pattern := range patterns {
 		matches, err := filepath.Glob(pattern)
 		if err != nil {
-			return "", fmt.Errorf("softhsm: looking for %s: %w", pattern, err)
+			return nil, fmt.Errorf("softhsm: looking for %s: %w", pattern, err)
 		}
 		for _, path := range matches {
 			if isFile(path) {
-				return path, nil
+				found = append(found, path)
 			}
 		}
 	}
-	return "", ErrNoModule
+	return found, nil
 }
 
 // distributionModules is where packages put the module; softhsm/deps.sh has
@@ -64,26 +95,24 @@ var distributionModules = []string{
 	"/run/current-system/sw/lib/softhsm/libsofthsm2.so", // NixOS
 }
 
-// privateModules is where "make deps" unpacks the distribution's package for a
-// user who is not root: below the source tree, which is found from where this
-// file was compiled (tests) or from where the program lies (bin/, which is
-// built without source paths).
-func privateModules() []string {
-	var roots []string
+// below is where the module is in a directory of the source tree: in build/deps
+// where "make deps" unpacks the distribution's package for a user who is not
+// root. The tree is found from where this file was compiled (tests) and from
+// where the program lies (bin/, which is built without source paths).
+func below(dir string) []string {
+	var patterns []string
 	if _, file, _, ok := runtime.Caller(0); ok && filepath.IsAbs(file) {
-		roots = append(roots, filepath.Dir(filepath.Dir(file)))
+		patterns = append(patterns, filepath.Join(filepath.Dir(filepath.Dir(file)), dir, moduleName))
 	}
 	if exe, err := os.Executable(); err == nil {
 		if exe, err = filepath.EvalSymlinks(exe); err == nil {
-			roots = append(roots, filepath.Dir(filepath.Dir(exe)))
+			patterns = append(patterns, filepath.Join(filepath.Dir(filepath.Dir(exe)), dir, moduleName))
 		}
-	}
-	var patterns []string
-	for _, root := range roots {
-		patterns = append(patterns, root+"/build/deps/usr/lib/*-linux-gnu*/softhsm/libsofthsm2.so")
 	}
 	return patterns
 }
+
+const moduleName = "libsofthsm2.so"
 
 func isFile(path string) bool {
 	info, err := os.Stat(path)

@@ -17,6 +17,30 @@ func TestFindModule(t *testing.T) {
 	require.FileExists(t, module)
 }
 
+func TestModules(t *testing.T) {
+	first, err := softhsm.FindModule()
+	require.NoError(t, err)
+	all, err := softhsm.Modules()
+	require.NoError(t, err)
+	require.Equal(t, first, all[0])
+	seen := map[string]bool{}
+	for _, module := range all {
+		require.FileExists(t, module)
+		module, err = filepath.EvalSymlinks(module)
+		require.NoError(t, err)
+		require.False(t, seen[module], "%s is there twice", module)
+		seen[module] = true
+	}
+
+	// What is asked for by name comes first, and once.
+	last := all[len(all)-1]
+	t.Setenv(softhsm.ModuleEnv, last)
+	again, err := softhsm.Modules()
+	require.NoError(t, err)
+	require.Equal(t, last, again[0])
+	require.Len(t, again, len(all))
+}
+
 func TestFindModuleByEnvironment(t *testing.T) {
 	named := filepath.Join(t.TempDir(), "some.so")
 	require.NoError(t, os.WriteFile(named, nil, 0o600))
