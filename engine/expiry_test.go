@@ -8,6 +8,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/engine/store"
 )
 
 // importUntil imports material that expires.
@@ -153,7 +154,7 @@ func TestSweepOfMany(t *testing.T) {
 		if spoilt[keyID] {
 			row.Description = "changed"
 		}
-		require.NoError(t, h.store.UpdateKey(t.Context(), row))
+		require.NoError(t, h.store.UpdateKey(t.Context(), store.Update{Key: row}))
 	}
 	h.clock.advance(time.Minute)
 	for range 3 {

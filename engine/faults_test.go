@@ -41,8 +41,8 @@ func (s *faultyStore) AddPair(ctx context.Context, pair store.Pair) error {
 	return s.Store.AddPair(ctx, pair)
 }
 
-func (s *faultyStore) UpdateKey(ctx context.Context, key store.Key) error {
-	update := func() error { return s.Store.UpdateKey(ctx, key) }
+func (s *faultyStore) UpdateKey(ctx context.Context, change store.Update) error {
+	update := func() error { return s.Store.UpdateKey(ctx, change) }
 	if s.updateKey != nil {
 		return s.updateKey(update)
 	}

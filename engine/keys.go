@@ -212,7 +212,7 @@ func (e *Engine) commitRow(ctx context.Context, row store.Key) error {
 		return err
 	}
 	err := e.detach(ctx, func(ctx context.Context) error {
-		err := e.store.UpdateKey(ctx, row)
+		err := e.store.UpdateKey(ctx, store.Update{Key: row})
 		e.cache.drop(row.KeyID, row.KeyVersionID)
 		return err
 	})

@@ -58,6 +58,11 @@ type Key struct {
 	MAC []byte // 32 bytes over all of the above, Revision included
 }
 
+// Update is a change of one CMK and what is committed with it.
+type Update struct {
+	Key Key // the new row, of the next Revision
+}
+
 // Pair is the row of one wrapping pair, whose private half is in the token.
 // A pair is ready from AddPair until BindPair first takes it.
 type Pair struct {
@@ -140,10 +145,11 @@ type Store interface {
 	Key(ctx context.Context, keyID string) (Key, error)
 	// KeyByVersion returns the row with that KeyVersionID. ErrNotFound.
 	KeyByVersion(ctx context.Context, versionID string) (Key, error)
-	// UpdateKey replaces the row if the stored Revision is key.Revision-1.
-	// ErrConflict if it is not, ErrNotFound if there is no row, ErrExists if
-	// the KeyVersionID is another key's.
-	UpdateKey(ctx context.Context, key Key) error
+	// UpdateKey replaces the row if the stored Revision is one less than the
+	// new one's, and does all else that the Update says in the same
+	// transaction. ErrConflict if it is not, ErrNotFound if there is no row,
+	// ErrExists if the KeyVersionID is another key's.
+	UpdateKey(ctx context.Context, update Update) error
 	// DeleteKey removes the row, its usage and its import tokens if the
 	// stored Revision is revision. ErrConflict, ErrNotFound.
 	DeleteKey(ctx context.Context, keyID string, revision int64) error

@@ -157,7 +157,7 @@ func benchUpdateKey(b *testing.B, s *sqlite.Store, keys []store.Key, callers int
 		key := &keys[own(callers, caller, i)]
 		key.Revision++
 		key.MAC[0]++
-		return s.UpdateKey(b.Context(), *key)
+		return s.UpdateKey(b.Context(), store.Update{Key: *key})
 	})
 }
 
@@ -172,7 +172,7 @@ func benchFirstImport(b *testing.B, s *sqlite.Store, keys []store.Key, callers i
 		} else {
 			key.State, key.ExpireAt, key.Material = "Enabled", benchTime.Add(time.Hour), make([]byte, 96)
 		}
-		return s.UpdateKey(b.Context(), *key)
+		return s.UpdateKey(b.Context(), store.Update{Key: *key})
 	})
 }
 

@@ -51,12 +51,12 @@ func TestErased(t *testing.T) {
 		{"alone", func(t *testing.T, s *sqlite.Store, key store.Key) error {
 			t.Helper()
 			key.Revision, key.State, key.Material = 3, "PendingImport", nil
-			return s.UpdateKey(t.Context(), key)
+			return s.UpdateKey(t.Context(), store.Update{Key: key})
 		}},
 		{"without a change of state", func(t *testing.T, s *sqlite.Store, key store.Key) error {
 			t.Helper()
 			key.Revision, key.Material = 3, nil
-			return s.UpdateKey(t.Context(), key)
+			return s.UpdateKey(t.Context(), store.Update{Key: key})
 		}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -73,7 +73,7 @@ func TestErased(t *testing.T) {
 				key.State, key.Material = "PendingImport", nil
 				require.NoError(t, s.CreateKey(t.Context(), key))
 				key.Revision, key.State, key.Material = 2, "Enabled", secrets[i]
-				require.NoError(t, s.UpdateKey(t.Context(), key))
+				require.NoError(t, s.UpdateKey(t.Context(), store.Update{Key: key}))
 				imported[i] = key
 			}
 			require.Equal(t, keys, inFiles(t, path, secrets), "the test can see them")

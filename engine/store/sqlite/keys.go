@@ -125,9 +125,10 @@ func (s *Store) oneKey(ctx context.Context, q *query, id string) (key store.Key,
 }
 
 // UpdateKey implements store.Store.
-func (s *Store) UpdateKey(ctx context.Context, key store.Key) error {
+func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
+	key := &update.Key
 	return s.write(ctx, func(c *conn) error {
-		values := keyValues(&key)
+		values := keyValues(key)
 		for _, q := range updateQueries {
 			changed, err := c.exec(q, values...)
 			if err != nil || changed == 1 {

@@ -41,7 +41,7 @@ func TestLocked(t *testing.T) {
 	began := time.Now()
 	next := key
 	next.Revision = 2
-	err = s.UpdateKey(t.Context(), next)
+	err = s.UpdateKey(t.Context(), store.Update{Key: next})
 	require.ErrorIs(t, err, store.ErrUnavailable)
 	require.ErrorContains(t, err, "locked")
 	require.GreaterOrEqual(t, time.Since(began), 30*time.Millisecond, "it is given a chance")
@@ -57,7 +57,7 @@ func TestLocked(t *testing.T) {
 	require.Equal(t, key, got)
 	release()
 
-	require.NoError(t, s.UpdateKey(t.Context(), next), "and so does everything, afterwards")
+	require.NoError(t, s.UpdateKey(t.Context(), store.Update{Key: next}), "and so does everything, afterwards")
 	_, total, err := s.ListKeys(t.Context(), store.KeyFilter{}, 0, 0)
 	require.NoError(t, err)
 	require.Equal(t, 1, total, "what was refused was not done")
@@ -79,7 +79,7 @@ func TestWaitGivenUp(t *testing.T) {
 	next := benchKey(1)
 	next.Revision = 2
 	failed := make(chan error)
-	go func() { failed <- s.UpdateKey(ctx, next) }()
+	go func() { failed <- s.UpdateKey(ctx, store.Update{Key: next}) }()
 	patient := make(chan error)
 	go func() { patient <- s.CreateKey(t.Context(), benchKey(2)) }()
 	cancel()

@@ -54,7 +54,7 @@ func testConcurrentUpdate(t *testing.T, s store.Store) {
 		errs := together(callers, func(i int) error {
 			next[i] = imported(key)
 			next[i].Description = fmt.Sprint("writer ", i)
-			return s.UpdateKey(t.Context(), next[i])
+			return s.UpdateKey(t.Context(), store.Update{Key: next[i]})
 		})
 		key = next[requireOneWinner(t, errs, store.ErrConflict)]
 		requireKey(t, s, key)
@@ -170,7 +170,7 @@ func testOneMoment(t *testing.T, s store.Store) {
 		defer close(written)
 		for range rounds {
 			key = imported(key)
-			if err := s.UpdateKey(ctx, key); err != nil {
+			if err := s.UpdateKey(ctx, store.Update{Key: key}); err != nil {
 				written <- err
 				return
 			}
@@ -206,7 +206,7 @@ func testReadsOwnWrites(t *testing.T, s store.Store) {
 		}
 		for range 10 {
 			key = imported(key)
-			if err := s.UpdateKey(ctx, key); err != nil {
+			if err := s.UpdateKey(ctx, store.Update{Key: key}); err != nil {
 				return err
 			}
 			got, err := s.Key(ctx, key.KeyID)
@@ -237,7 +237,7 @@ func testCallersOwnSlices(t *testing.T, s store.Store) {
 	requireKey(t, s, newKey(1))
 
 	key = imported(newKey(1))
-	require.NoError(t, s.UpdateKey(ctx, key))
+	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: key}))
 	spoil(key)
 	for range 3 {
 		got, err := s.Key(ctx, key.KeyID)

@@ -48,7 +48,7 @@ func testGivenUp(t *testing.T, s store.Store) {
 			go cancel()
 			next := imported(key)
 			next.Description = fmt.Sprint("revision ", next.Revision)
-			err := s.UpdateKey(ctx, next)
+			err := s.UpdateKey(ctx, store.Update{Key: next})
 			cancel()
 			clear(next.Material)
 			clear(next.MAC)

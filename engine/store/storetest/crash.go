@@ -64,7 +64,7 @@ func reportKey(ctx context.Context, s store.Store, n int, say func(string, ...an
 		}
 		key = imported(key)
 		if err == nil {
-			err = s.UpdateKey(ctx, key)
+			err = s.UpdateKey(ctx, store.Update{Key: key})
 		}
 	}
 	if err == nil {

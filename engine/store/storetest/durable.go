@@ -30,7 +30,7 @@ func testReopened(t *testing.T, open func(t *testing.T) store.Store) {
 	s := open(t)
 	first, second, third := create(t, s, newKey(1)), create(t, s, newKey(2)), create(t, s, newKey(3))
 	second = imported(second)
-	require.NoError(t, s.UpdateKey(ctx, second))
+	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: second}))
 	require.NoError(t, s.DeleteKey(ctx, third.KeyID, 1))
 	addPairs(t, s, 1, 5)
 	token := bind(t, s, newBind(1, second))

@@ -162,7 +162,7 @@ func testLoadImport(t *testing.T, s store.Store) {
 	key, other := create(t, s, newKey(1)), create(t, s, newKey(2))
 	addPairs(t, s, 1, 3)
 	mine, theirs := bind(t, s, newBind(1, key)), bind(t, s, newBind(2, other))
-	require.NoError(t, s.UpdateKey(ctx, imported(key)))
+	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: imported(key)}))
 
 	gotKey, gotToken, err := s.LoadImport(ctx, key.KeyID, mine.ID)
 	require.NoError(t, err)

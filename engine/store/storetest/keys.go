@@ -85,19 +85,19 @@ func testUpdateKey(t *testing.T, s store.Store) {
 	first := create(t, s, newKey(1))
 	other := create(t, s, newKey(2))
 
-	require.ErrorIs(t, s.UpdateKey(ctx, first), store.ErrConflict, "the revision must grow")
+	require.ErrorIs(t, s.UpdateKey(ctx, store.Update{Key: first}), store.ErrConflict, "the revision must grow")
 	second := imported(first)
-	require.NoError(t, s.UpdateKey(ctx, second))
+	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: second}))
 	requireKey(t, s, second)
 	requireKey(t, s, other)
 
-	require.ErrorIs(t, s.UpdateKey(ctx, second), store.ErrConflict)
+	require.ErrorIs(t, s.UpdateKey(ctx, store.Update{Key: second}), store.ErrConflict)
 	ahead := imported(imported(second))
-	require.ErrorIs(t, s.UpdateKey(ctx, ahead), store.ErrConflict)
-	require.ErrorIs(t, s.UpdateKey(ctx, imported(newKey(3))), store.ErrNotFound)
+	require.ErrorIs(t, s.UpdateKey(ctx, store.Update{Key: ahead}), store.ErrConflict)
+	require.ErrorIs(t, s.UpdateKey(ctx, store.Update{Key: imported(newKey(3))}), store.ErrNotFound)
 	taken := imported(second)
 	taken.KeyVersionID = other.KeyVersionID
-	require.ErrorIs(t, s.UpdateKey(ctx, taken), store.ErrExists)
+	require.ErrorIs(t, s.UpdateKey(ctx, store.Update{Key: taken}), store.ErrExists)
 	requireKey(t, s, second)
 
 	// Everything but the key id may change, and go back to nothing.
@@ -107,7 +107,7 @@ func testUpdateKey(t *testing.T, s store.Store) {
 	third.Spec = "Aliyun_SM4"
 	third.Description = "changed"
 	third.CreatedAt = at(77)
-	require.NoError(t, s.UpdateKey(ctx, third))
+	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: third}))
 	requireKey(t, s, third)
 	_, err := s.KeyByVersion(ctx, second.KeyVersionID)
 	require.ErrorIs(t, err, store.ErrNotFound)
@@ -119,7 +119,7 @@ func testUpdateKey(t *testing.T, s store.Store) {
 	for range 3 {
 		next := imported(third)
 		next.State, next.DeleteAt, next.ExpireAt = third.State, third.DeleteAt, third.ExpireAt
-		require.NoError(t, s.UpdateKey(ctx, next))
+		require.NoError(t, s.UpdateKey(ctx, store.Update{Key: next}))
 		requireKey(t, s, next)
 		third = next
 	}
@@ -132,7 +132,7 @@ func testDeleteKey(t *testing.T, s store.Store) {
 	mine, theirs := bind(t, s, newBind(1, key)), bind(t, s, newBind(2, other))
 	require.NoError(t, s.PutUsages(ctx, []store.Usage{{KeyID: key.KeyID, Uses: 7}, {KeyID: other.KeyID, Uses: 8}}))
 	updated := imported(key)
-	require.NoError(t, s.UpdateKey(ctx, updated))
+	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: updated}))
 
 	require.ErrorIs(t, s.DeleteKey(ctx, key.KeyID, 1), store.ErrConflict)
 	require.ErrorIs(t, s.DeleteKey(ctx, key.KeyID, 3), store.ErrConflict)
@@ -147,7 +147,7 @@ func testDeleteKey(t *testing.T, s store.Store) {
 	require.ErrorIs(t, err, store.ErrNotFound)
 	_, err = s.CountFailure(ctx, mine.ID)
 	require.ErrorIs(t, err, store.ErrNotFound, "its import tokens go with it")
-	require.ErrorIs(t, s.UpdateKey(ctx, imported(updated)), store.ErrNotFound)
+	require.ErrorIs(t, s.UpdateKey(ctx, store.Update{Key: imported(updated)}), store.ErrNotFound)
 
 	requireKey(t, s, other)
 	usage, err := s.Usage(ctx, other.KeyID)
@@ -219,10 +219,10 @@ func testDueKeys(t *testing.T, s store.Store) {
 	// What was done about a key shows at once.
 	expired := expires(1, 30)
 	expired.Revision, expired.Material = 2, nil
-	require.NoError(t, s.UpdateKey(ctx, expired))
+	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: expired}))
 	cancelled := newKey(2)
 	cancelled.Revision = 2
-	require.NoError(t, s.UpdateKey(ctx, cancelled))
+	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: cancelled}))
 	require.NoError(t, s.DeleteKey(ctx, both.KeyID, 1))
 	keys, err = s.DueKeys(ctx, at(40), 10)
 	require.NoError(t, err)

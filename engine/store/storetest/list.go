@@ -96,8 +96,8 @@ func testListKeysFollowsChanges(t *testing.T, s store.Store) {
 			k.State, k.Spec = states[rng.IntN(3)], specs[rng.IntN(2)]
 			stale := k
 			stale.Revision += 5
-			require.ErrorIs(t, s.UpdateKey(ctx, stale), store.ErrConflict)
-			require.NoError(t, s.UpdateKey(ctx, k))
+			require.ErrorIs(t, s.UpdateKey(ctx, store.Update{Key: stale}), store.ErrConflict)
+			require.NoError(t, s.UpdateKey(ctx, store.Update{Key: k}))
 			keys[i] = k
 		default:
 			k := newKey(n)

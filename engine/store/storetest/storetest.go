@@ -223,7 +223,9 @@ var methods = []struct {
 		_, err := s.KeyByVersion(ctx, newKey(1).KeyVersionID)
 		return err
 	}},
-	{"UpdateKey", func(ctx context.Context, s store.Store) error { return s.UpdateKey(ctx, imported(newKey(1))) }},
+	{"UpdateKey", func(ctx context.Context, s store.Store) error {
+		return s.UpdateKey(ctx, store.Update{Key: imported(newKey(1))})
+	}},
 	{"DeleteKey", func(ctx context.Context, s store.Store) error { return s.DeleteKey(ctx, newKey(1).KeyID, 1) }},
 	{"ListKeys", func(ctx context.Context, s store.Store) error {
 		_, _, err := s.ListKeys(ctx, store.KeyFilter{}, 0, 10)
