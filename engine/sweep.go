@@ -110,7 +110,7 @@ func (e *Engine) sweepKey(ctx context.Context, stored *store.Key, now time.Time)
 		return e.commitRow(ctx, row)
 	}
 	err := e.detach(ctx, func(ctx context.Context) error {
-		err := e.store.DeleteKey(ctx, stored.KeyID, stored.Revision)
+		err := e.store.DeleteKey(ctx, store.Deletion{KeyID: stored.KeyID, Revision: stored.Revision})
 		e.cache.drop(stored.KeyID, stored.KeyVersionID)
 		return err
 	})

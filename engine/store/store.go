@@ -63,6 +63,12 @@ type Update struct {
 	Key Key // the new row, of the next Revision
 }
 
+// Deletion is the end of one CMK and what is committed with it.
+type Deletion struct {
+	KeyID    string
+	Revision int64 // that is stored
+}
+
 // Pair is the row of one wrapping pair, whose private half is in the token.
 // A pair is ready from AddPair until BindPair first takes it.
 type Pair struct {
@@ -151,8 +157,8 @@ type Store interface {
 	// ErrExists if the KeyVersionID is another key's.
 	UpdateKey(ctx context.Context, update Update) error
 	// DeleteKey removes the row, its usage and its import tokens if the
-	// stored Revision is revision. ErrConflict, ErrNotFound.
-	DeleteKey(ctx context.Context, keyID string, revision int64) error
+	// stored Revision is the Deletion's. ErrConflict, ErrNotFound.
+	DeleteKey(ctx context.Context, deletion Deletion) error
 	// ListKeys returns rows in order of creation, then KeyID, and how many
 	// match in all.
 	ListKeys(ctx context.Context, filter KeyFilter, offset, limit int) (keys []Key, total int, err error)

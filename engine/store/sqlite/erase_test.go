@@ -46,7 +46,7 @@ func TestErased(t *testing.T) {
 	}{
 		{"with its key", func(t *testing.T, s *sqlite.Store, key store.Key) error {
 			t.Helper()
-			return s.DeleteKey(t.Context(), key.KeyID, key.Revision)
+			return s.DeleteKey(t.Context(), store.Deletion{KeyID: key.KeyID, Revision: key.Revision})
 		}},
 		{"alone", func(t *testing.T, s *sqlite.Store, key store.Key) error {
 			t.Helper()
@@ -104,7 +104,7 @@ func TestErasedLater(t *testing.T) {
 	require.NoError(t, err)
 	_, err = reader.ExecContext(t.Context(), `BEGIN; SELECT * FROM cmk`)
 	require.NoError(t, err)
-	require.NoError(t, s.DeleteKey(t.Context(), key.KeyID, 1))
+	require.NoError(t, s.DeleteKey(t.Context(), store.Deletion{KeyID: key.KeyID, Revision: 1}))
 	// Writes do not wait for the reader, before or after the log should be empty.
 	patience, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 	defer cancel()

@@ -74,7 +74,7 @@ func TestFull(t *testing.T) {
 
 	// What needs no room works, and makes room.
 	for _, n := range created[:50] {
-		require.NoError(t, s.DeleteKey(t.Context(), benchKey(n).KeyID, 1))
+		require.NoError(t, s.DeleteKey(t.Context(), store.Deletion{KeyID: benchKey(n).KeyID, Revision: 1}))
 	}
 	for _, n := range created[:20] {
 		require.NoError(t, s.CreateKey(t.Context(), benchKey(n)))

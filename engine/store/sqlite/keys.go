@@ -141,14 +141,14 @@ func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
 }
 
 // DeleteKey implements store.Store.
-func (s *Store) DeleteKey(ctx context.Context, keyID string, revision int64) error {
+func (s *Store) DeleteKey(ctx context.Context, deletion store.Deletion) error {
 	return s.write(ctx, func(c *conn) error {
-		changed, err := c.exec(deleteKeyQuery, keyID, revision)
+		changed, err := c.exec(deleteKeyQuery, deletion.KeyID, deletion.Revision)
 		if err != nil || changed == 1 {
 			c.erased = true
 			return err
 		}
-		return unchanged(c, keyID)
+		return unchanged(c, deletion.KeyID)
 	})
 }
 

@@ -100,7 +100,7 @@ func reportKey(ctx context.Context, s store.Store, n int, say func(string, ...an
 		err = say("nonce %d 0", n)
 	}
 	if err == nil && n%3 == 0 {
-		if err = s.DeleteKey(ctx, key.KeyID, key.Revision); err == nil {
+		if err = s.DeleteKey(ctx, store.Deletion{KeyID: key.KeyID, Revision: key.Revision}); err == nil {
 			err = say("deleted %d 0", n)
 		}
 	}

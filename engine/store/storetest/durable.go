@@ -31,7 +31,7 @@ func testReopened(t *testing.T, open func(t *testing.T) store.Store) {
 	first, second, third := create(t, s, newKey(1)), create(t, s, newKey(2)), create(t, s, newKey(3))
 	second = imported(second)
 	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: second}))
-	require.NoError(t, s.DeleteKey(ctx, third.KeyID, 1))
+	require.NoError(t, s.DeleteKey(ctx, store.Deletion{KeyID: third.KeyID, Revision: 1}))
 	addPairs(t, s, 1, 5)
 	token := bind(t, s, newBind(1, second))
 	_, err := s.CountFailure(ctx, token.ID)

@@ -134,13 +134,13 @@ func testDeleteKey(t *testing.T, s store.Store) {
 	updated := imported(key)
 	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: updated}))
 
-	require.ErrorIs(t, s.DeleteKey(ctx, key.KeyID, 1), store.ErrConflict)
-	require.ErrorIs(t, s.DeleteKey(ctx, key.KeyID, 3), store.ErrConflict)
-	require.ErrorIs(t, s.DeleteKey(ctx, "nobody", 1), store.ErrNotFound)
+	require.ErrorIs(t, s.DeleteKey(ctx, store.Deletion{KeyID: key.KeyID, Revision: 1}), store.ErrConflict)
+	require.ErrorIs(t, s.DeleteKey(ctx, store.Deletion{KeyID: key.KeyID, Revision: 3}), store.ErrConflict)
+	require.ErrorIs(t, s.DeleteKey(ctx, store.Deletion{KeyID: "nobody", Revision: 1}), store.ErrNotFound)
 	requireKey(t, s, updated)
 
-	require.NoError(t, s.DeleteKey(ctx, key.KeyID, 2))
-	require.ErrorIs(t, s.DeleteKey(ctx, key.KeyID, 2), store.ErrNotFound)
+	require.NoError(t, s.DeleteKey(ctx, store.Deletion{KeyID: key.KeyID, Revision: 2}))
+	require.ErrorIs(t, s.DeleteKey(ctx, store.Deletion{KeyID: key.KeyID, Revision: 2}), store.ErrNotFound)
 	_, err := s.Key(ctx, key.KeyID)
 	require.ErrorIs(t, err, store.ErrNotFound)
 	_, err = s.Usage(ctx, key.KeyID)
@@ -223,7 +223,7 @@ func testDueKeys(t *testing.T, s store.Store) {
 	cancelled := newKey(2)
 	cancelled.Revision = 2
 	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: cancelled}))
-	require.NoError(t, s.DeleteKey(ctx, both.KeyID, 1))
+	require.NoError(t, s.DeleteKey(ctx, store.Deletion{KeyID: both.KeyID, Revision: 1}))
 	keys, err = s.DueKeys(ctx, at(40), 10)
 	require.NoError(t, err)
 	require.Equal(t, []string{both2.KeyID}, ids(keys))

@@ -87,7 +87,7 @@ func testListKeysFollowsChanges(t *testing.T, s store.Store) {
 		switch op := rng.IntN(4); {
 		case op == 0 && len(keys) > 0:
 			i := rng.IntN(len(keys))
-			require.NoError(t, s.DeleteKey(ctx, keys[i].KeyID, keys[i].Revision))
+			require.NoError(t, s.DeleteKey(ctx, store.Deletion{KeyID: keys[i].KeyID, Revision: keys[i].Revision}))
 			keys = slices.Delete(keys, i, i+1)
 		case op == 1 && len(keys) > 0:
 			i := rng.IntN(len(keys))
@@ -121,7 +121,7 @@ func testListOneMoment(t *testing.T, s store.Store) {
 		for n := range 300 {
 			err := s.CreateKey(ctx, newKey(n))
 			if err == nil && n%3 == 0 {
-				err = s.DeleteKey(ctx, newKey(n/2).KeyID, 1)
+				err = s.DeleteKey(ctx, store.Deletion{KeyID: newKey(n/2).KeyID, Revision: 1})
 			}
 			if err != nil && !answer(err) {
 				written <- err

@@ -226,7 +226,9 @@ var methods = []struct {
 	{"UpdateKey", func(ctx context.Context, s store.Store) error {
 		return s.UpdateKey(ctx, store.Update{Key: imported(newKey(1))})
 	}},
-	{"DeleteKey", func(ctx context.Context, s store.Store) error { return s.DeleteKey(ctx, newKey(1).KeyID, 1) }},
+	{"DeleteKey", func(ctx context.Context, s store.Store) error {
+		return s.DeleteKey(ctx, store.Deletion{KeyID: newKey(1).KeyID, Revision: 1})
+	}},
 	{"ListKeys", func(ctx context.Context, s store.Store) error {
 		_, _, err := s.ListKeys(ctx, store.KeyFilter{}, 0, 10)
 		return err
