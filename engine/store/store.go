@@ -55,18 +55,65 @@ type Key struct {
 	PairID            []byte // 16 bytes
 	PairFingerprint   []byte // 32 bytes
 
+	// Receipt is the hash of the CMK's last entry in the log of receipts, 32
+	// bytes, nil while it has none.
+	Receipt []byte
+
 	MAC []byte // 32 bytes over all of the above, Revision included
 }
 
 // Update is a change of one CMK and what is committed with it.
 type Update struct {
-	Key Key // the new row, of the next Revision
+	Key     Key      // the new row, of the next Revision
+	Receipt *Receipt // nil: none
 }
 
 // Deletion is the end of one CMK and what is committed with it.
 type Deletion struct {
 	KeyID    string
-	Revision int64 // that is stored
+	Revision int64    // that is stored
+	Receipt  *Receipt // nil: none
+}
+
+// Receipt is the row of one entry of the log of receipts. It is never changed
+// but for its Index, and never removed: not with its CMK either.
+//
+// An entry is added without a place in the log, so that transactions that add
+// some do not wait for each other. It is pending until ExtendLog gives it one.
+type Receipt struct {
+	Seq       int64 // given by the store, greater than that of every entry committed before it was added
+	Index     int64 // place in the log, from 0; -1 while pending
+	KeyID     string
+	Revision  int64  // of the CMK's row
+	RequestID string // "" if none is known
+	Import    bool   // else of a deletion
+	Entry     []byte // what is hashed
+	RowDigest []byte // what the MAC is over beside the entry's hash, 32 bytes
+	MAC       []byte // 32 bytes
+}
+
+// Log is the state of the log of receipts.
+type Log struct {
+	ID   [16]byte // random, made when the database was
+	Size int64    // entries that have a place
+	Head []byte   // the last signed head, which is of Size entries; nil while Size is 0
+}
+
+// Tile is a run of at most 256 hashes of one level of the log's tree: hash i of
+// tile N at level L is that of the full subtree over 256^L entries, of which it
+// is number 256*N+i.
+type Tile struct {
+	Level  int
+	N      int64
+	Hashes []byte // 32 bytes each
+}
+
+// LogExtension gives pending entries their places and replaces the head.
+type LogExtension struct {
+	Size    int64   // of the log so far
+	Entries []int64 // Seq of those that follow, in order
+	Tiles   []Tile  // new, or longer than they were
+	Head    []byte
 }
 
 // Pair is the row of one wrapping pair, whose private half is in the token.
@@ -154,10 +201,12 @@ type Store interface {
 	// UpdateKey replaces the row if the stored Revision is one less than the
 	// new one's, and does all else that the Update says in the same
 	// transaction. ErrConflict if it is not, ErrNotFound if there is no row,
-	// ErrExists if the KeyVersionID is another key's.
+	// ErrExists if the KeyVersionID is another key's. Seq and Index of the
+	// Receipt are given by the store.
 	UpdateKey(ctx context.Context, update Update) error
 	// DeleteKey removes the row, its usage and its import tokens if the
-	// stored Revision is the Deletion's. ErrConflict, ErrNotFound.
+	// stored Revision is the Deletion's, and adds the Receipt. ErrConflict,
+	// ErrNotFound.
 	DeleteKey(ctx context.Context, deletion Deletion) error
 	// ListKeys returns rows in order of creation, then KeyID, and how many
 	// match in all.
@@ -194,6 +243,28 @@ type Store interface {
 	// DeletePair removes a pair and every import token bound to it. It is no
 	// error if it is gone already.
 	DeletePair(ctx context.Context, id [16]byte) error
+
+	// Log returns the state of the log of receipts.
+	Log(ctx context.Context) (Log, error)
+	// PendingReceipts returns at most limit entries that have no place in the
+	// log yet, in order of Seq.
+	PendingReceipts(ctx context.Context, limit int) ([]Receipt, error)
+	// ExtendLog gives places to pending entries, stores tiles, replacing those
+	// of the same Level and N, and replaces the head, in one transaction.
+	// ErrConflict if the log's size is not Size, or an entry is not pending.
+	ExtendLog(ctx context.Context, extension LogExtension) error
+	// LogTiles returns those of the named tiles (their Hashes do not matter)
+	// that there are, in any order.
+	LogTiles(ctx context.Context, tiles []Tile) ([]Tile, error)
+	// LogReceipts returns at most limit entries with Index from from on, in
+	// order.
+	LogReceipts(ctx context.Context, from int64, limit int) ([]Receipt, error)
+	// KeyReceipts returns entries of one CMK, pending ones too, the last first,
+	// and how many there are in all.
+	KeyReceipts(ctx context.Context, keyID string, offset, limit int) (receipts []Receipt, total int, err error)
+	// ImportReceipt returns the last entry of an import into a CMK, of the
+	// request with that id unless it is "". ErrNotFound.
+	ImportReceipt(ctx context.Context, keyID, requestID string) (Receipt, error)
 
 	// NextBoot returns a number greater than any it returned before.
 	NextBoot(ctx context.Context) (uint64, error)

@@ -59,7 +59,9 @@ func testConcurrentUpdate(t *testing.T, s store.Store) {
 		key = next[requireOneWinner(t, errs, store.ErrConflict)]
 		requireKey(t, s, key)
 	}
-	errs := together(callers, func(int) error { return s.DeleteKey(t.Context(), store.Deletion{KeyID: key.KeyID, Revision: key.Revision}) })
+	errs := together(callers, func(int) error {
+		return s.DeleteKey(t.Context(), store.Deletion{KeyID: key.KeyID, Revision: key.Revision})
+	})
 	requireOneWinner(t, errs, store.ErrNotFound)
 }
 

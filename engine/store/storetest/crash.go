@@ -21,8 +21,9 @@ const reporters = 6
 // Report writes to s until the process is killed or a write fails, and one
 // line to w for each write that was acknowledged. CheckReport reads the lines.
 //
-// The life of a key in a report: created, updated three times, given an import
-// token with two failures and a usage; every third one is deleted then.
+// The life of a key in a report: created, updated three times with a receipt
+// each, given an import token with two failures and a usage; every third one is
+// deleted then, with another receipt.
 func Report(ctx context.Context, s store.Store, w io.Writer) error {
 	boot, err := s.NextBoot(ctx) // no two reports on one database are alike
 	if err != nil {
@@ -64,7 +65,7 @@ func reportKey(ctx context.Context, s store.Store, n int, say func(string, ...an
 		}
 		key = imported(key)
 		if err == nil {
-			err = s.UpdateKey(ctx, store.Update{Key: key})
+			err = s.UpdateKey(ctx, store.Update{Key: key, Receipt: newReceipt(key)})
 		}
 	}
 	if err == nil {
@@ -100,7 +101,8 @@ func reportKey(ctx context.Context, s store.Store, n int, say func(string, ...an
 		err = say("nonce %d 0", n)
 	}
 	if err == nil && n%3 == 0 {
-		if err = s.DeleteKey(ctx, store.Deletion{KeyID: key.KeyID, Revision: key.Revision}); err == nil {
+		gone := store.Deletion{KeyID: key.KeyID, Revision: key.Revision, Receipt: newReceipt(imported(key))}
+		if err = s.DeleteKey(ctx, gone); err == nil {
 			err = say("deleted %d 0", n)
 		}
 	}
@@ -141,7 +143,14 @@ func checkKey(t *testing.T, s store.Store, n int, said map[string]int) {
 		require.NoError(t, err)
 		require.False(t, fresh, "nonce %d was acknowledged", n)
 	}
+	_, receipts, err := s.KeyReceipts(ctx, newKey(n).KeyID, 0, 0)
+	require.NoError(t, err)
 	key, token, err := s.LoadImport(ctx, newKey(n).KeyID, id16(1000+n))
+	if err != nil {
+		require.Contains(t, []int{0, 4}, receipts, "key %d", n)
+	} else {
+		require.EqualValues(t, key.Revision-1, receipts, "of key %d, one for each update", n)
+	}
 	if _, ok := said["deleted"]; ok {
 		require.ErrorIs(t, err, store.ErrNotFound, "key %d was deleted", n)
 		return

@@ -121,7 +121,7 @@ func testListOneMoment(t *testing.T, s store.Store) {
 		for n := range 300 {
 			err := s.CreateKey(ctx, newKey(n))
 			if err == nil && n%3 == 0 {
-				err = s.DeleteKey(ctx, store.Deletion{KeyID: newKey(n/2).KeyID, Revision: 1})
+				err = s.DeleteKey(ctx, store.Deletion{KeyID: newKey(n / 2).KeyID, Revision: 1})
 			}
 			if err != nil && !answer(err) {
 				written <- err

@@ -46,6 +46,8 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"CountFailure", testCountFailure},
 		{"Usage", testUsage},
 		{"Nonces", testNonces},
+		{"Receipts", testReceipts},
+		{"ExtendLog", testExtendLog},
 		{"Boot", testBoot},
 		{"Instance", testInstance},
 		{"ConcurrentCreate", testConcurrentCreate},
@@ -54,6 +56,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"ConcurrentShare", testConcurrentShare},
 		{"ConcurrentCounts", testConcurrentCounts},
 		{"ConcurrentNonces", testConcurrentNonces},
+		{"ConcurrentExtend", testConcurrentExtend},
 		{"OneMoment", testOneMoment},
 		{"ReadsOwnWrites", testReadsOwnWrites},
 		{"CallersOwnSlices", testCallersOwnSlices},
@@ -123,6 +126,7 @@ func imported(key store.Key) store.Key {
 	key.WrappingAlgorithm = "RSAES_OAEP_SHA_256"
 	key.PairID = fill(16, n+5)
 	key.PairFingerprint = fill(32, n+6)
+	key.Receipt = fill(32, n+8)
 	key.MAC = fill(32, n+7)
 	return key
 }
@@ -260,6 +264,33 @@ var methods = []struct {
 	}},
 	{"RetirePair", func(ctx context.Context, s store.Store) error { return s.RetirePair(ctx, id16(2), at(0)) }},
 	{"DeletePair", func(ctx context.Context, s store.Store) error { return s.DeletePair(ctx, id16(2)) }},
+	{"Log", func(ctx context.Context, s store.Store) error {
+		_, err := s.Log(ctx)
+		return err
+	}},
+	{"PendingReceipts", func(ctx context.Context, s store.Store) error {
+		_, err := s.PendingReceipts(ctx, 10)
+		return err
+	}},
+	{"ExtendLog", func(ctx context.Context, s store.Store) error {
+		return s.ExtendLog(ctx, store.LogExtension{Head: []byte("head")})
+	}},
+	{"LogTiles", func(ctx context.Context, s store.Store) error {
+		_, err := s.LogTiles(ctx, []store.Tile{{}})
+		return err
+	}},
+	{"LogReceipts", func(ctx context.Context, s store.Store) error {
+		_, err := s.LogReceipts(ctx, 0, 10)
+		return err
+	}},
+	{"KeyReceipts", func(ctx context.Context, s store.Store) error {
+		_, _, err := s.KeyReceipts(ctx, newKey(1).KeyID, 0, 10)
+		return err
+	}},
+	{"ImportReceipt", func(ctx context.Context, s store.Store) error {
+		_, err := s.ImportReceipt(ctx, newKey(1).KeyID, "")
+		return err
+	}},
 	{"NextBoot", func(ctx context.Context, s store.Store) error {
 		_, err := s.NextBoot(ctx)
 		return err
