@@ -37,11 +37,31 @@ module() {
   return 1
 }
 
+# spy prints where OpenSC's pkcs11-spy is, which writes down every call of
+# PKCS#11. cmd/keyferryd/wiretap_linux_test.go has the same list.
+spy() {
+  local path
+  for path in \
+    "$deps"/usr/lib/*-linux-gnu*/pkcs11-spy.so \
+    /usr/lib/*-linux-gnu*/pkcs11-spy.so \
+    /usr/lib64/pkcs11-spy.so \
+    /usr/lib64/pkcs11/pkcs11-spy.so \
+    /usr/lib/pkcs11-spy.so \
+    /usr/lib/pkcs11/pkcs11-spy.so; do
+    if [ -f "$path" ]; then
+      echo "$path"
+      return
+    fi
+  done
+  return 1
+}
+
 # missing prints the packages whose programs are not there.
 missing() {
   module >/dev/null || echo softhsm2
   PATH="$deps/usr/bin:$PATH" command -v openssl >/dev/null || echo openssl
   command -v "${CC:-gcc}" >/dev/null || echo gcc libc6-dev
+  spy >/dev/null || echo opensc-pkcs11
   if [ "$building" = softhsm ]; then
     PATH="$deps/usr/bin:$PATH" command -v g++ >/dev/null || echo g++
     PATH="$deps/usr/bin:$PATH" command -v patch >/dev/null || echo patch

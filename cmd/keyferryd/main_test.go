@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 	}
-	testscript.Main(suite{m}, map[string]func(){"keyferryd": main})
+	testscript.Main(suite{m}, map[string]func(){"keyferryd": main, lootCommand: loot})
 }
 
 // suite is all tests, and the server that some of them share.

@@ -1,9 +1,7 @@
 package adversary
 
 import (
-	"bytes"
 	"crypto/sha256"
-	"encoding/binary"
 	"encoding/hex"
 	"fmt"
 	"os"
@@ -13,6 +11,7 @@ import (
 
 	"github.com/miekg/pkcs11"
 
+	"github.com/keyferry/keyferry/hsm/hsmtest"
 	"github.com/keyferry/keyferry/softhsm"
 )
 
@@ -30,11 +29,7 @@ const (
 func files(g *group) {
 	for name, edit := range map[string]func([]byte) []byte{
 		"unedited": func(b []byte) []byte { return b },
-		"edited": func(b []byte) []byte {
-			b = setBool(b, pkcs11.CKA_SENSITIVE, false)
-			b = setBool(b, pkcs11.CKA_EXTRACTABLE, true)
-			return b
-		},
+		"edited":   hsmtest.Reveal,
 	} {
 		want := hole("T10")
 		if name == "unedited" {
@@ -59,22 +54,6 @@ func files(g *group) {
 		}
 		return err
 	})
-}
-
-// setBool edits a boolean in the file of an object: type and kind (1), eight
-// bytes each, big-endian, then one byte.
-func setBool(file []byte, attribute uint, v bool) []byte {
-	head := binary.BigEndian.AppendUint64(binary.BigEndian.AppendUint64(nil, uint64(attribute)), 1)
-	i := bytes.Index(file, head)
-	if i < 0 {
-		return file
-	}
-	out := bytes.Clone(file)
-	out[i+len(head)] = 0
-	if v {
-		out[i+len(head)] = 0xff
-	}
-	return out
 }
 
 // accomplice runs one with a copy of the token whose files were edited, and
