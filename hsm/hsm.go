@@ -11,7 +11,10 @@
 // ErrUnsupported; nothing is ever done outside the token in its place.
 //
 // Contexts bound the waiting: for a session of the pool, and for a token that
-// went away. A PKCS#11 call itself cannot be interrupted.
+// went away. A PKCS#11 call itself cannot be interrupted. A caller whose context
+// has a deadline gets an answer by then all the same, and leaves a call that
+// the token does not answer behind; that keeps its session until it returns.
+// Without a deadline callers wait for the token.
 //
 // The package knows no CMKs, no storage and no network.
 package hsm
@@ -83,7 +86,7 @@ type Config struct {
 	Profile  string
 	Profiles []Profile
 	// Patience bounds how long a call waits for a token that is gone when its
-	// context does not; 0 means 10 seconds.
+	// context does not, and Close for calls under way; 0 means 10 seconds.
 	Patience time.Duration
 	// Logger gets what an operator should know; nil discards it.
 	Logger *slog.Logger
@@ -119,7 +122,10 @@ func (c Config) validate() error {
 //
 // A token that goes away is opened again in the background: calls wait for it
 // within their context and Config.Patience, then fail with ErrUnavailable. A
-// refused PIN ends that for good: every later call fails with ErrPIN.
+// refused PIN ends that for good: every later call fails with ErrPIN. So does a
+// token that has the serial and not the keys that are pinned, and there calls
+// fail with ErrUnavailable; one of another serial is not logged in to, and is
+// waited past.
 type Token struct {
 	cfg Config
 	log *slog.Logger
@@ -130,9 +136,15 @@ type Token struct {
 
 	mu     sync.Mutex    // guards what follows
 	back   chan struct{} // closed when conn or end is set; made anew when conn is lost
+	away   error         // why there is no connection, while there is none
 	end    error         // why there will never be a connection again
 	closed chan struct{}
 	wg     sync.WaitGroup
+	ending atomic.Int32 // lost connections with calls under way
+
+	// Of whoever opens the token, one goroutine at a time.
+	doubts int           // logins in a row that were refused without a reason
+	flap   time.Duration // the pause before the next attempt, of a token that dies young
 }
 
 // Open opens the token, logs in once, and proves by known answers what it can
@@ -162,9 +174,17 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 		return nil, fmt.Errorf("%w: %v", ErrUnavailable, err)
 	}
 	t := &Token{cfg: cfg, log: cfg.Logger, mod: mod, back: make(chan struct{}), closed: make(chan struct{})}
-	c, err := t.connect()
+	return within(ctx, t.open, func(late *Token, err error) {
+		if err == nil {
+			_ = late.Close() // nobody learns of it
+		}
+	})
+}
+
+func (t *Token) open() (*Token, error) {
+	c, _, err := t.connect()
 	if err != nil {
-		return nil, errors.Join(err, mod.Close())
+		return nil, errors.Join(err, t.mod.Close())
 	}
 	t.caps.Store(c.caps)
 	t.conn.Store(c)
@@ -173,7 +193,10 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 }
 
 // Close ends all sessions, after the calls under way have returned, and with
-// them every Key. It is idempotent.
+// them every Key. It is idempotent. Calls that do not return within
+// Config.Patience are left behind, with an error: the module then stays
+// initialised for the life of the process, since to finalise it beneath a call
+// would crash it.
 func (t *Token) Close() error {
 	t.mu.Lock()
 	if errors.Is(t.end, ErrClosed) {
@@ -188,11 +211,22 @@ func (t *Token) Close() error {
 	close(t.back)
 	close(t.closed)
 	t.mu.Unlock()
-	if c != nil {
-		c.shutdown()
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		if c != nil {
+			c.shutdown()
+		}
+		t.wg.Wait()
+	}()
+	patience := time.NewTimer(t.cfg.Patience)
+	defer patience.Stop()
+	select {
+	case <-ended:
+		return t.mod.Close()
+	case <-patience.C:
+		return fmt.Errorf("%w: closed, but calls have not returned in %v; the module stays initialised", ErrUnavailable, t.cfg.Patience)
 	}
-	t.wg.Wait()
-	return t.mod.Close()
 }
 
 // Offers reports whether the token proved at Open that it unwraps under pairs

@@ -59,7 +59,10 @@ func (t *Token) Import(ctx context.Context, req ImportRequest) (Imported, error)
 		out, err = c.admit(s, p, req)
 		return err
 	})
-	return out, err
+	if err != nil {
+		return Imported{}, err
+	}
+	return out, nil
 }
 
 // admit runs one import. Its errors are those of do, and errRefused turned

@@ -5,8 +5,8 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"slices"
 	"sync"
+	"time"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
@@ -27,8 +27,35 @@ type Key struct {
 	handle p11.Handle
 	cipher cipherNumbers // of AES or SM4
 
-	mu     sync.RWMutex // held for reading while the handle is in use
-	closed bool
+	mu      sync.Mutex    // guards what follows
+	users   int           // calls that use the handle, waited for or not
+	closing bool          // no use begins any more
+	unused  chan struct{} // closed when closing, and the last user has ended
+	closed  chan struct{} // closed when the object is destroyed, or cannot be
+	err     error         // after closed
+}
+
+func newKey(c *connection, h p11.Handle, cipher cipherNumbers) *Key {
+	return &Key{c: c, handle: h, cipher: cipher, unused: make(chan struct{}), closed: make(chan struct{})}
+}
+
+// begin counts a user of the handle, or reports false.
+func (k *Key) begin() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.closing {
+		return false
+	}
+	k.users++
+	return true
+}
+
+func (k *Key) end() {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.users--; k.users == 0 && k.closing {
+		close(k.unused)
+	}
 }
 
 // OpenMaterial opens material into a Key, which lives until it is closed or
@@ -53,10 +80,9 @@ func (t *Token) OpenMaterial(ctx context.Context, m Material) (*Key, error) {
 		if c, err = t.connection(ctx); err != nil {
 			return nil, err
 		}
-		v := c.vaults[m.Spec]
-		var h p11.Handle
-		if h, err = c.open(ctx, v, m.Ref); err == nil {
-			return &Key{c: c, handle: h, cipher: v.kind.cipher}, nil
+		var k *Key
+		if k, err = c.open(ctx, c.vaults[m.Spec], m.Ref); err == nil {
+			return k, nil
 		}
 		if !errors.Is(err, errConnectionLost) {
 			break
@@ -65,35 +91,59 @@ func (t *Token) OpenMaterial(ctx context.Context, m Material) (*Key, error) {
 	return nil, fault("open key material", err)
 }
 
-// open unwraps a blob on a keeper. A keeper that fails is the end of the
-// connection: the other materials that it owns are gone, too.
-func (c *connection) open(ctx context.Context, v *vault, blob []byte) (p11.Handle, error) {
-	var s *p11.Session
+// open unwraps a blob on a keeper.
+func (c *connection) open(ctx context.Context, v *vault, blob []byte) (*Key, error) {
+	var keeper *p11.Session
 	select {
-	case s = <-c.keepers:
+	case keeper = <-c.keepers:
 	case <-c.gone:
-		return 0, errConnectionLost
+		return nil, errConnectionLost
 	case <-ctx.Done():
-		return 0, fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+		return nil, fmt.Errorf("%w: all %d sessions that open key material are busy%s: %w", ErrUnavailable, c.kept, c.unanswered(), ctx.Err())
 	}
-	defer func() { c.keepers <- s }()
+	k, err := within(ctx, func() (*Key, error) {
+		defer func() { c.keepers <- keeper }()
+		h, err := c.unwrap(keeper, v, blob)
+		return newKey(c, h, v.kind.cipher), err
+	}, func(k *Key, err error) {
+		if err == nil {
+			_ = k.Close()
+		}
+		c.returned()
+	})
+	if errors.Is(err, errLeft) {
+		c.leave()
+	}
+	return k, err
+}
+
+// unwrap opens a blob. What fails and does not fail again is no fault of the
+// blob. It ends the connection: a keeper that died has taken other materials
+// with it, and one that lives may own what the call has made all the same.
+func (c *connection) unwrap(keeper *p11.Session, v *vault, blob []byte) (p11.Handle, error) {
 	if c.dead() {
 		return 0, errConnectionLost
 	}
-	h, err := s.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, blob, v.opened)
+	h, err := keeper.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, blob, v.opened)
 	if err == nil {
 		return h, nil
 	}
 	if worst(err) == p11.NoFault {
 		// The blob is at fault, or the token is: it opens one that is good.
-		known, sick := s.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, v.canary, v.opened)
+		known, sick := keeper.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, v.canary, v.opened)
 		if sick == nil {
-			sick = s.DestroyObject(known)
+			sick = keeper.DestroyObject(known)
 		}
 		if sick == nil {
-			return 0, fmt.Errorf("%w: the vault does not open the blob (%w)", ErrUntrusted, err)
+			if h, again := keeper.Unwrap(p11.Plain(p11.AESKeyWrap), v.handle, blob, v.opened); again == nil {
+				sick = keeper.DestroyObject(h)
+			} else if worst(again) == p11.NoFault {
+				return 0, fmt.Errorf("%w: the vault does not open the blob (%w)", ErrUntrusted, err)
+			} else {
+				sick = again
+			}
 		}
-		err = sick
+		err = errors.Join(err, sick)
 	}
 	c.t.lost(c, err)
 	return 0, errConnectionLost
@@ -106,9 +156,9 @@ func (c *connection) open(ctx context.Context, v *vault, blob []byte) (p11.Handl
 // The caller counts: one key must not encrypt more than 2^32 times (NIST SP
 // 800-38D section 8.3). Errors: ErrKeyLost, ErrUnavailable.
 func (k *Key) Encrypt(ctx context.Context, dst, plaintext, aad []byte) ([]byte, error) {
-	n := len(dst)
-	out := slices.Grow(dst, Overhead+len(plaintext))[:n+Overhead+len(plaintext)]
-	iv, buf := out[n:n+gcmIVLen], out[n+gcmIVLen:]
+	// Of the call alone, which the caller may leave behind.
+	sealed := make([]byte, Overhead+len(plaintext))
+	iv, buf := sealed[:gcmIVLen], sealed[gcmIVLen:]
 	if _, err := rand.Read(iv); err != nil {
 		return nil, err
 	}
@@ -122,7 +172,7 @@ func (k *Key) Encrypt(ctx context.Context, dst, plaintext, aad []byte) ([]byte, 
 	if err != nil {
 		return nil, err
 	}
-	return out, nil
+	return append(dst, sealed...), nil
 }
 
 // Decrypt appends to dst the plaintext of what Encrypt appended. Errors:
@@ -132,16 +182,22 @@ func (k *Key) Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte,
 		return nil, ErrAuthentication
 	}
 	iv, body := ciphertext[:gcmIVLen], ciphertext[gcmIVLen:]
-	n := len(dst)
-	// Some tokens want room for the tag, too.
-	out := slices.Grow(dst, len(body))[:n+len(body)]
-	err := k.use(ctx, "decrypt", func(s *session) error {
-		written, err := s.Decrypt(p11.GCM(k.cipher.gcm, iv, aad), k.handle, body, out[n:])
-		if err == nil {
-			if len(written) != len(body)-gcmTagLen {
-				return fmt.Errorf("hsm: the token's GCM wrote %d bytes, not %d", len(written), len(body)-gcmTagLen)
+	// Of the call alone, which the caller may leave behind. Some tokens want
+	// room for the tag, too.
+	room := make([]byte, len(body))
+	plain := room[:len(body)-gcmTagLen]
+	err := k.use(ctx, "decrypt", func(s *session) (err error) {
+		s.wipe = func() { clear(room) }
+		defer func() {
+			if err != nil {
+				clear(room)
 			}
-			out = out[:n+len(written)]
+		}()
+		written, err := s.Decrypt(p11.GCM(k.cipher.gcm, iv, aad), k.handle, body, room)
+		if err == nil {
+			if len(written) != len(plain) {
+				return fmt.Errorf("hsm: the token's GCM wrote %d bytes, not %d", len(written), len(plain))
+			}
 			return nil
 		}
 		if worst(err) != p11.NoFault {
@@ -149,53 +205,80 @@ func (k *Key) Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte,
 		}
 		// The ciphertext is at fault, or the token is: it encrypts a block
 		// that GCM never encrypts, for its last bytes exceed every counter.
-		var room [16]byte
-		defer clear(room[:])
-		if _, sick := s.Encrypt(p11.Plain(k.cipher.ecb), k.handle, publicConstant[:16], room[:]); sick != nil {
+		var block [16]byte
+		defer clear(block[:])
+		if _, sick := s.Encrypt(p11.Plain(k.cipher.ecb), k.handle, publicConstant[:16], block[:]); sick != nil {
 			return fmt.Errorf("%w: %w", p11.DeviceError, sick)
 		}
 		return ErrAuthentication
 	})
 	if err != nil {
-		clear(out[n:])
 		return nil, err
 	}
-	return out, nil
+	dst = append(dst, plain...)
+	clear(room)
+	return dst, nil
 }
 
-// use runs f with a session of the key's connection while the key is open.
+// use runs f with a session of the key's connection while the key is open. f
+// may be run again, and what it writes must not be read after an error.
 func (k *Key) use(ctx context.Context, op string, f func(s *session) error) error {
-	k.mu.RLock()
-	defer k.mu.RUnlock()
-	if k.closed {
-		return ErrKeyLost
-	}
 	var err error
 	for range attempts {
-		err = k.c.with(ctx, f)
-		switch w := worst(err); {
-		case w == p11.SessionFault: // and the key may be alive
-		case w >= p11.HandleFault, errors.Is(err, errConnectionLost):
+		err = k.c.with(ctx, func(s *session) error {
+			if !k.begin() {
+				return ErrKeyLost
+			}
+			defer k.end()
+			return f(s)
+		})
+		w := worst(err)
+		_, unwell := failed(err)
+		switch {
+		case errors.Is(err, errConnectionLost), w == p11.HandleFault, unwell && k.c.dead():
 			return fmt.Errorf("%w: %w", ErrKeyLost, err)
-		default:
+		case !unwell:
 			return fault(op, err)
 		}
 	}
 	return fault(op, err)
 }
 
+// closePatience bounds how long Close waits for the token.
+const closePatience = 10 * time.Second
+
 // Close waits for uses under way and destroys the session object. It is
-// idempotent.
+// idempotent. ErrUnavailable: the token does not answer, and the object goes
+// when it does, or does not destroy it, and the object goes with its connection.
 func (k *Key) Close() error {
 	k.mu.Lock()
-	defer k.mu.Unlock()
-	if k.closed {
-		return nil
+	if !k.closing {
+		k.closing = true
+		if k.users == 0 {
+			close(k.unused)
+		}
+		go k.destroy()
 	}
-	k.closed = true
-	err := k.c.with(context.Background(), func(s *session) error { return s.DestroyObject(k.handle) })
-	if worst(err) >= p11.HandleFault || errors.Is(err, errConnectionLost) {
-		return nil // gone, or going with its connection
+	k.mu.Unlock()
+	patience := time.NewTimer(closePatience)
+	defer patience.Stop()
+	select {
+	case <-k.closed:
+		return k.err
+	case <-patience.C:
+		return fmt.Errorf("%w: waited %v for a use of the key to end", ErrUnavailable, closePatience)
 	}
-	return fault("close a key", err)
+}
+
+func (k *Key) destroy() {
+	defer close(k.closed)
+	<-k.unused
+	var err error
+	for range attempts {
+		err = k.c.with(context.Background(), func(s *session) error { return s.DestroyObject(k.handle) })
+		if err == nil || worst(err) == p11.HandleFault || k.c.dead() {
+			return // gone, or going with its connection
+		}
+	}
+	k.err = fault("close a key", err)
 }

@@ -164,7 +164,7 @@ func macKeys(s *p11.Session) (fingerprints []Fingerprint, handles []p11.Handle, 
 		if readBack(s, h, join(macKey(), provenance())) != nil {
 			continue
 		}
-		sum, err := s.Sign(p11.Plain(p11.SHA256HMAC), h, macInput("keyferry/fingerprint/v1", publicConstant), make([]byte, macLen))
+		sum, err := s.Sign(p11.Plain(p11.SHA256HMAC), h, macInput(fingerprintDomain, publicConstant), make([]byte, macLen))
 		if err != nil {
 			return nil, nil, err
 		}

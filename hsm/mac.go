@@ -30,7 +30,10 @@ func (t *Token) MAC(ctx context.Context, domain string, parts ...[]byte) ([macLe
 		copy(sum[:], out)
 		return nil
 	})
-	return sum, err
+	if err != nil {
+		return [macLen]byte{}, err
+	}
+	return sum, nil
 }
 
 // VerifyMAC computes the MAC again and compares in constant time. On a
@@ -45,6 +48,9 @@ func (t *Token) VerifyMAC(ctx context.Context, mac []byte, domain string, parts 
 	}
 	return nil
 }
+
+// fingerprintDomain is of the MAC whose SHA-256 names the MAC key.
+const fingerprintDomain = "keyferry/fingerprint/v1"
 
 func macInput(domain string, parts ...[]byte) []byte {
 	n := 4 + len(domain)

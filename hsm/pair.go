@@ -108,7 +108,10 @@ func (t *Token) GeneratePair(ctx context.Context, instance string, now time.Time
 		info = p.PairInfo
 		return nil
 	})
-	return info, err
+	if err != nil {
+		return PairInfo{}, err
+	}
+	return info, nil
 }
 
 // generateRSA generates a pair on the token, not by copying one to it: a copy
@@ -121,7 +124,11 @@ func (c *connection) generateRSA(s *p11.Session, id PairID, label pairLabel, spe
 	if err != nil {
 		return 0, err
 	}
-	return priv, s.DestroyObject(pub)
+	if gone := s.DestroyObject(pub); gone != nil {
+		// It goes with the session; the pair has to go by itself.
+		return 0, errors.Join(fmt.Errorf("%w: %w", p11.SessionClosed, gone), s.DestroyObject(priv))
+	}
+	return priv, nil
 }
 
 // pairLabel is the CKA_LABEL of a pair:
@@ -185,7 +192,10 @@ func (t *Token) Pair(ctx context.Context, id PairID) (PairInfo, error) {
 		}
 		return err
 	})
-	return info, err
+	if err != nil {
+		return PairInfo{}, err
+	}
+	return info, nil
 }
 
 // How long and how often a pair is looked for.
@@ -245,6 +255,9 @@ func (c *connection) searchPair(s *p11.Session, id PairID) (*pair, error) {
 	case refused != nil:
 		return nil, fmt.Errorf("wrapping pair %s: %w", id, refused)
 	}
+	if err := c.absent(s); err != nil {
+		return nil, err
+	}
 	return nil, ErrPairNotFound
 }
 
@@ -300,7 +313,7 @@ func (c *connection) verifyPair(s *p11.Session, h p11.Handle, id PairID) (*pair,
 // whoever destroys those that nobody knows.
 func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error) {
 	var out []TokenPair
-	err := t.do(ctx, "list the wrapping pairs", func(_ *connection, s *session) error {
+	err := t.do(ctx, "list the wrapping pairs", func(c *connection, s *session) error {
 		out = nil
 		handles, err := s.FindObjects(p11.NewTemplate(
 			p11.ULong(p11.Class, p11.ClassPrivateKey),
@@ -324,9 +337,12 @@ func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error)
 				out = append(out, TokenPair{ID: PairID(id), CreatedAt: label.made})
 			}
 		}
-		return nil
+		return c.absent(s.Session) // those that are not in the list
 	})
-	return out, err
+	if err != nil {
+		return nil, err
+	}
+	return out, nil
 }
 
 // DestroyPair destroys a pair in the token; captured material that was wrapped
@@ -334,7 +350,10 @@ func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error)
 func (t *Token) DestroyPair(ctx context.Context, id PairID) error {
 	return t.do(ctx, "destroy a wrapping pair", func(c *connection, s *session) error {
 		c.pairs.Delete(id)
-		return destroyPair(s.Session, id)
+		if err := destroyPair(s.Session, id); err != nil {
+			return err
+		}
+		return c.absent(s.Session)
 	})
 }
 

@@ -194,7 +194,12 @@ func (c *connection) verifySM2Pair(s *p11.Session, h p11.Handle, id PairID, labe
 		if p.sm2, err = sm2.NewPublicKey(point); err != nil {
 			continue
 		}
-		if err := c.knownAnswer(s, p); worst(err) > p11.NoFault {
+		// Twice: a token that failed once is no reason to disown a pair.
+		err = c.knownAnswer(s, p)
+		if err != nil && worst(err) == p11.NoFault {
+			err = c.knownAnswer(s, p)
+		}
+		if worst(err) > p11.NoFault {
 			return nil, err
 		} else if err != nil {
 			continue

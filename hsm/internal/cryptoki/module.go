@@ -153,15 +153,23 @@ type Token struct {
 	Manufacturer, Model         string
 	Initialized, PINInitialized bool
 	MaxSessions                 uint // 0: the token does not say, or has no limit
+
+	// Of the user PIN: a wrong one was entered since the last login; one more
+	// locks it; it is locked. Not every token says so.
+	PINCountLow, PINFinalTry, PINLocked bool
 }
 
 // CKF_ flags of C_GetTokenInfo.
 const (
 	flagUserPINInitialized = 0x008
 	flagTokenInitialized   = 0x400
+	flagUserPINCountLow    = 0x10000
+	flagUserPINFinalTry    = 0x20000
+	flagUserPINLocked      = 0x40000
 )
 
-// Tokens lists the tokens that are present.
+// Tokens lists the tokens that are present. An error may come with a list: it is
+// then about a slot whose token cannot be asked.
 func (m *Module) Tokens() ([]Token, error) {
 	var slots []uint
 	err := m.call("C_GetSlotList", func() (err error) { slots, err = m.ctx.GetSlotList(true); return })
@@ -169,6 +177,7 @@ func (m *Module) Tokens() ([]Token, error) {
 		return nil, err
 	}
 	var out []Token
+	var sick error
 	for _, slot := range slots {
 		var info pkcs11.TokenInfo
 		err := m.call("C_GetTokenInfo", func() (err error) { info, err = m.ctx.GetTokenInfo(slot); return })
@@ -176,20 +185,24 @@ func (m *Module) Tokens() ([]Token, error) {
 			continue
 		}
 		if err != nil {
-			return nil, err
+			sick = fmt.Errorf("slot %d: %w", slot, err)
+			continue
 		}
 		t := Token{
 			Slot: slot, Label: trim(info.Label), Serial: trim(info.SerialNumber),
 			Manufacturer: trim(info.ManufacturerID), Model: trim(info.Model),
 			Initialized:    info.Flags&flagTokenInitialized != 0,
 			PINInitialized: info.Flags&flagUserPINInitialized != 0,
+			PINCountLow:    info.Flags&flagUserPINCountLow != 0,
+			PINFinalTry:    info.Flags&flagUserPINFinalTry != 0,
+			PINLocked:      info.Flags&flagUserPINLocked != 0,
 		}
 		if uint64(info.MaxSessionCount) != unavailableValue {
 			t.MaxSessions = info.MaxSessionCount
 		}
 		out = append(out, t)
 	}
-	return out, nil
+	return out, sick
 }
 
 // trim removes the padding of PKCS#11's fixed-length strings.

@@ -119,6 +119,13 @@ const (
 	PINFault                  // the PIN was refused; trying again may lock the token
 )
 
+// Doubtful reports whether rv gives no reason: the input may be at fault, or
+// the token.
+func (rv RV) Doubtful() bool {
+	_, known := rvNames[rv]
+	return rv == GeneralError || rv == FunctionFailed || !known && rv != OK
+}
+
 // Fault classifies rv. GENERAL_ERROR and FUNCTION_FAILED are NoFault: tokens
 // answer them to undecryptable input, so only a known-answer operation tells.
 func (rv RV) Fault() Fault {
