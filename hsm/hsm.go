@@ -194,9 +194,8 @@ func (t *Token) open() (*Token, error) {
 
 // Close ends all sessions, after the calls under way have returned, and with
 // them every Key. It is idempotent. Calls that do not return within
-// Config.Patience are left behind, with an error: the module then stays
-// initialised for the life of the process, since to finalise it beneath a call
-// would crash it.
+// Config.Patience are left behind, with an error: the module is finalised when
+// they do return, for beneath a call that would crash it.
 func (t *Token) Close() error {
 	t.mu.Lock()
 	if errors.Is(t.end, ErrClosed) {
@@ -225,7 +224,11 @@ func (t *Token) Close() error {
 	case <-ended:
 		return t.mod.Close()
 	case <-patience.C:
-		return fmt.Errorf("%w: closed, but calls have not returned in %v; the module stays initialised", ErrUnavailable, t.cfg.Patience)
+		go func() {
+			<-ended
+			_ = t.mod.Close() // nobody learns of it
+		}()
+		return fmt.Errorf("%w: calls have not returned in %v; the module is finalised when they do", ErrUnavailable, t.cfg.Patience)
 	}
 }
 
