@@ -30,8 +30,8 @@ build: ## build bin/keyferryd (with cgo, for PKCS#11) and bin/keyferry (pure Go)
 	CGO_ENABLED=0 $(GO) build -trimpath -o bin/keyferry ./cmd/keyferry
 
 .PHONY: demo
-demo: deps build ## walk through the life of a customer's key
-	bin/keyferryd demo
+demo: deps build ## walk through the life of a customer's key, on the SoftHSM2 of "make softhsm" where it is built
+	bin/keyferryd demo $(addprefix --module ,$(wildcard build/softhsm/lib/softhsm/libsofthsm2.so))
 
 .PHONY: test
 # In GOFLAGS it holds for the programs too that tests build: nothing is compiled
@@ -39,8 +39,8 @@ demo: deps build ## walk through the life of a customer's key
 test: export GOFLAGS := $(GOFLAGS) $(race)
 # Results of slow runs are not taken from the cache, which does not see every
 # look at the environment.
-test: deps ## run the tests, with the race detector, on real SoftHSM2 tokens
-	$(GO) test $(race) $(if $(KEYFERRY_SLOW),-count=1) -timeout 20m ./...
+test: deps ## run the tests, with the race detector, on tokens of the distribution's SoftHSM2 and of ours
+	@softhsm/test.sh $(race) $(if $(KEYFERRY_SLOW),-count=1) -timeout 20m
 
 .PHONY: test-all
 test-all: export KEYFERRY_SLOW := 1

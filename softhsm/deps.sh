@@ -6,7 +6,8 @@
 # of its own, and unpacked into build/deps, where FindModule and the Makefile
 # look. Says nothing and is quick where everything is there already.
 #
-#   deps.sh softhsm   brings what softhsm/build.sh needs, too
+#   deps.sh softhsm    brings what softhsm/build.sh needs, too
+#   deps.sh --module   only prints which SoftHSM2 the tests use
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -122,6 +123,10 @@ CONF
   cp -a "$work/root/." "$deps/"
 }
 
+if [ "$building" = --module ]; then
+  module || die "SoftHSM2 is missing: run make deps"
+  exit
+fi
 command -v "${GO:-go}" >/dev/null || die "Go is missing: install the version that go.mod names, or a newer one"
 [ -z "${KEYFERRY_SOFTHSM_MODULE:-}" ] || [ -f "$KEYFERRY_SOFTHSM_MODULE" ] ||
   die "KEYFERRY_SOFTHSM_MODULE names $KEYFERRY_SOFTHSM_MODULE, which is no file"

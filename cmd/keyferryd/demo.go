@@ -9,54 +9,79 @@ import (
 	"path/filepath"
 
 	"github.com/spf13/cobra"
+
+	"github.com/keyferry/keyferry/engine/byok"
 )
 
 func demoCommand() *cobra.Command {
-	return &cobra.Command{
+	var module string
+	cmd := &cobra.Command{
 		Use:   "demo",
 		Short: "Walk through the life of a customer's key, against a server started for it",
 		Long: `Starts "keyferryd dev" in a temporary directory and walks through the life of a
-key aloud, as the customer who owns it. Every step is checked: the exit status
-is 0 only if each did what it says.`,
+key aloud, as the customer who owns it; on a token with SM2 and SM4 then also
+through that of an SM4 key. Every step is checked: the exit status is 0 only if
+each did what it says.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return demo(cmd.Context(), cmd.OutOrStdout())
+			return demo(cmd.Context(), module, cmd.OutOrStdout())
 		},
 	}
+	cmd.Flags().StringVar(&module, "module", "", "SoftHSM2's PKCS#11 library (default: where it is usually installed)")
+	return cmd
 }
 
-func demo(ctx context.Context, out io.Writer) (err error) {
+func demo(ctx context.Context, module string, out io.Writer) (err error) {
 	dir, err := os.MkdirTemp("", "keyferry-demo-")
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 
-	w := &walk{out: out}
+	w := &walk{out: out, keySpec: byok.AES256}
 	w.title("Start a server: keyferryd dev, on a SoftHSM2 token made for it")
 	exe, err := os.Executable()
 	if err != nil {
 		return err
 	}
-	server, err := startServer(ctx, exe, "dev", "--data", filepath.Join(dir, "data"))
+	data := filepath.Join(dir, "data")
+	server, err := startServer(ctx, exe, "dev", "--data", data, "--module", module)
 	if err != nil {
 		return fmt.Errorf("the server did not start: %w", err)
 	}
 	defer func() { err = errors.Join(err, server.stop()) }()
 	w.say("%s", server.ready)
 	var token tokenFile
-	if err := readAnnounced(filepath.Join(dir, "data", devTokenFile), &token); err != nil {
+	if err := readAnnounced(filepath.Join(data, devTokenFile), &token); err != nil {
 		return err
 	}
 	w.say("Token     %s, by %s", token.TokenLabel, token.Module)
-
-	if w.kms, err = newClient(filepath.Join(dir, "data", devCredentials)); err != nil {
+	cfg, err := loadConfig(filepath.Join(data, devConfigFile))
+	if err != nil {
 		return err
 	}
-	if err := w.life(ctx); err != nil {
+	hasSM := !cfg.Token.Pins.VaultSM4.IsZero()
+	if hasSM {
+		w.say("          with SM2 and SM4")
+	} else {
+		w.say("          without SM2 and SM4; \"make softhsm\" builds a SoftHSM2 with them")
+	}
+
+	if w.kms, err = newClient(filepath.Join(data, devCredentials)); err != nil {
+		return err
+	}
+	err = w.life(ctx)
+	algorithm := w.algorithm
+	if err == nil && hasSM {
+		err = w.lifeOfSM4(ctx)
+	}
+	if err != nil {
 		return fmt.Errorf("step %d did not do what it says: %w", w.step, err)
 	}
-	_, err = fmt.Fprintf(out, farewell, w.algorithm)
+	if module != "" {
+		module = " --module " + module
+	}
+	_, err = fmt.Fprintf(out, farewell, module, algorithm)
 	return err
 }
 
@@ -64,7 +89,7 @@ const farewell = `
 Every step did what it says. The server of this demo is stopped and its token is
 gone. To keep one running, and to use it from another terminal:
 
-  bin/keyferryd dev --data ./keyferry-data --listen 127.0.0.1:8080
+  bin/keyferryd dev --data ./keyferry-data --listen 127.0.0.1:8080%s
   bin/keyferry generate --out key.bin
   bin/keyferry import --in key.bin --algorithm %s --credentials ./keyferry-data/credentials.json
 

@@ -84,6 +84,13 @@ func TestScripts(t *testing.T) {
 	require.NoError(t, err)
 	testscript.Run(t, testscript.Params{
 		Dir: filepath.Join("testdata", "script"),
+		Condition: func(cond string) (bool, error) {
+			if cond != "sm" {
+				return false, fmt.Errorf("unknown condition %s", cond)
+			}
+			cfg, err := loadConfig(filepath.Join(sharedServer(t).dir, devConfigFile))
+			return !cfg.Token.Pins.VaultSM4.IsZero(), err
+		},
 		Setup: func(env *testscript.Env) error {
 			env.Setenv("MODULE", module)
 			env.Setenv(softhsm.ModuleEnv, module) // whichever this test found

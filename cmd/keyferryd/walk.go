@@ -18,6 +18,7 @@ type walk struct {
 	step int
 	kms  *client
 
+	keySpec    string
 	keyID      string
 	algorithm  string
 	publicKey  []byte // SubjectPublicKeyInfo
@@ -35,13 +36,15 @@ func (w *walk) say(format string, args ...any) {
 	_, _ = fmt.Fprintf(w.out, "    "+format+"\n", args...)
 }
 
-// life is every step after the server's start. It ends at the first one that
-// does not do what it says.
+// stage is a step of the walk.
+type stage struct {
+	title string
+	do    func(context.Context) error
+}
+
+// life is every step after the server's start.
 func (w *walk) life(ctx context.Context) error {
-	for _, s := range []struct {
-		title string
-		do    func(context.Context) error
-	}{
+	return w.goThrough(ctx, []stage{
 		{"Create a key whose material comes from outside: CreateKey, Origin EXTERNAL", w.create},
 		{"Ask for what an import needs: GetParametersForImport", w.parameters},
 		{"Make key material, on the customer's side only", w.generate},
@@ -53,7 +56,27 @@ func (w *walk) life(ctx context.Context) error {
 		{"Try to import other material: must be refused", w.otherRefused},
 		{"Import the same material again", w.importAgain},
 		{"Decrypt what was encrypted at first: Decrypt", w.decrypt},
-	} {
+	})
+}
+
+// lifeOfSM4 is the shorter one of an SM4 key that travels under SM2, on a
+// token that has both.
+func (w *walk) lifeOfSM4(ctx context.Context) error {
+	w.keySpec = byok.SM4
+	return w.goThrough(ctx, []stage{
+		{"And now SM4: CreateKey, KeySpec Aliyun_SM4", w.create},
+		{"Ask for an SM2 public key: GetParametersForImport", w.sm2Parameters},
+		{"Make key material, on the customer's side only", w.generate},
+		{"Wrap it under the public key and import it: ImportKeyMaterial", w.importOwn},
+		{"Compare what both sides computed of the material", w.compare},
+		{"Encrypt under the key, in the token: Encrypt", w.encrypt},
+		{"Decrypt it: Decrypt", w.decrypt},
+	})
+}
+
+// goThrough ends at the first step that does not do what it says.
+func (w *walk) goThrough(ctx context.Context, stages []stage) error {
+	for _, s := range stages {
 		w.title(s.title)
 		if err := s.do(ctx); err != nil {
 			return err
@@ -63,14 +86,13 @@ func (w *walk) life(ctx context.Context) error {
 }
 
 const (
-	demoKeySpec   = byok.AES256
 	demoPlaintext = "carried over, and back again"
 	demoContext   = `{"purpose":"demo"}`
 )
 
 func (w *walk) create(ctx context.Context) error {
 	var answer struct{ KeyMetadata keyState }
-	err := w.kms.call(ctx, "CreateKey", map[string]string{"Origin": "EXTERNAL", "KeySpec": demoKeySpec, "Description": "of the demo"}, &answer)
+	err := w.kms.call(ctx, "CreateKey", map[string]string{"Origin": "EXTERNAL", "KeySpec": w.keySpec, "Description": "of the demo"}, &answer)
 	if err != nil {
 		return err
 	}
@@ -81,20 +103,31 @@ func (w *walk) create(ctx context.Context) error {
 
 // parameters prefers SHA-256, which SoftHSM2 does not do as it is published.
 func (w *walk) parameters(ctx context.Context) error {
-	var answer struct{ PublicKey, ImportToken, TokenExpireTime string }
 	for _, w.algorithm = range []string{byok.OAEPSHA256, byok.OAEPSHA1} {
-		err := w.kms.call(ctx, "GetParametersForImport", map[string]string{
-			"KeyId": w.keyID, "WrappingAlgorithm": w.algorithm, "WrappingKeySpec": "RSA_2048",
-		}, &answer)
+		err := w.ask(ctx, "RSA_2048")
 		var refused *apiError
 		if errors.As(err, &refused) && refused.Code == "InvalidParameter" && w.algorithm != byok.OAEPSHA1 {
 			w.say("This token does not do %s; %s then.", w.algorithm, byok.OAEPSHA1)
 			continue
 		}
-		if err != nil {
-			return err
-		}
-		break
+		return err
+	}
+	return nil
+}
+
+func (w *walk) sm2Parameters(ctx context.Context) error {
+	w.algorithm = byok.SM2PKE
+	return w.ask(ctx, "EC_SM2")
+}
+
+// ask asks for the parameters of an import by w.algorithm.
+func (w *walk) ask(ctx context.Context, pairSpec string) error {
+	var answer struct{ PublicKey, ImportToken, TokenExpireTime string }
+	err := w.kms.call(ctx, "GetParametersForImport", map[string]string{
+		"KeyId": w.keyID, "WrappingAlgorithm": w.algorithm, "WrappingKeySpec": pairSpec,
+	}, &answer)
+	if err != nil {
+		return err
 	}
 	spki, err := base64.StdEncoding.DecodeString(answer.PublicKey)
 	if err != nil {
@@ -108,7 +141,7 @@ func (w *walk) parameters(ctx context.Context) error {
 }
 
 func (w *walk) generate(context.Context) error {
-	w.material = make([]byte, byok.MaterialLen(demoKeySpec))
+	w.material = make([]byte, byok.MaterialLen(w.keySpec))
 	_, err := rand.Read(w.material)
 	w.say("%d random bytes. They leave this program wrapped, or not at all.", len(w.material))
 	return err
@@ -136,7 +169,7 @@ func (w *walk) importMaterial(ctx context.Context, material []byte) error {
 // compare computes the check value and the material id from the material, and
 // has the KMS say what it measured in the token.
 func (w *walk) compare(ctx context.Context) error {
-	kcv, err := byok.KCV(demoKeySpec, w.material)
+	kcv, err := byok.KCV(w.keySpec, w.material)
 	if err != nil {
 		return err
 	}
