@@ -54,6 +54,23 @@ func TestEncryptRefuses(t *testing.T) {
 func TestDataKeys(t *testing.T) {
 	h := newHouse(t)
 	keyID, _ := h.enabledKey(t)
+	h.useAll(t, keyID)
+	for parameter, in := range map[string]engine.DataKeyInput{
+		"KeySpec":       {Spec: "AES_192"},
+		"NumberOfBytes": {NumberOfBytes: engine.MaxDataKey + 1},
+	} {
+		in.KeyID = keyID
+		_, _, err := h.GenerateDataKey(t.Context(), in)
+		require.Equal(t, parameter, requireKind(t, engine.InvalidParameter, err).Parameter)
+	}
+	_, _, err := h.GenerateDataKey(t.Context(), engine.DataKeyInput{KeyID: keyID, NumberOfBytes: -1})
+	requireKind(t, engine.InvalidParameter, err)
+}
+
+// useAll encrypts, makes data keys of every length, and decrypts them.
+func (h *house) useAll(t *testing.T, keyID string) {
+	t.Helper()
+	h.requireDecrypts(t, h.encrypt(t, keyID, "some text"), "some text")
 	context := map[string]string{"a": "b"}
 	for _, test := range []struct {
 		in  engine.DataKeyInput
@@ -80,16 +97,6 @@ func TestDataKeys(t *testing.T) {
 		require.Len(t, opened.Plaintext, test.len)
 		require.NotEqual(t, make([]byte, test.len+1), append(opened.Plaintext, 0), "not the bytes that were wiped")
 	}
-	for parameter, in := range map[string]engine.DataKeyInput{
-		"KeySpec":       {Spec: "AES_192"},
-		"NumberOfBytes": {NumberOfBytes: engine.MaxDataKey + 1},
-	} {
-		in.KeyID = keyID
-		_, _, err := h.GenerateDataKey(t.Context(), in)
-		require.Equal(t, parameter, requireKind(t, engine.InvalidParameter, err).Parameter)
-	}
-	_, _, err := h.GenerateDataKey(t.Context(), engine.DataKeyInput{KeyID: keyID, NumberOfBytes: -1})
-	requireKind(t, engine.InvalidParameter, err)
 }
 
 var invalidCiphertext error = &engine.Error{Kind: engine.InvalidCiphertext}
@@ -166,10 +173,12 @@ func TestContextsAreNotSpliced(t *testing.T) {
 
 // The same material in two CMKs: neither a ciphertext of one nor any splice of
 // both decrypts under the other.
-func TestSameMaterialInTwoKeys(t *testing.T) {
-	h := newHouse(t)
-	one, two := h.newKey(t, engine.AliyunAES256), h.newKey(t, engine.AliyunAES256)
-	material := randomBytes(32)
+func TestSameMaterialInTwoKeys(t *testing.T) { onEveryRoute(t, testSameMaterialInTwoKeys) }
+
+func testSameMaterialInTwoKeys(t *testing.T, h *house) {
+	h.needUse(t)
+	one, two := h.newKey(t, h.route.spec), h.newKey(t, h.route.spec)
+	material := h.route.material()
 	h.importInto(t, one, material)
 	h.importInto(t, two, material)
 	require.Equal(t, h.describe(t, one).CheckValue, h.describe(t, two).CheckValue)

@@ -14,7 +14,7 @@ import (
 // importUntil imports material that expires.
 func (h *house) importUntil(tb testing.TB, keyID string, material []byte, at time.Time) {
 	tb.Helper()
-	in := input(tb, h.parameters(tb, keyID), material)
+	in := h.input(tb, h.parameters(tb, keyID), material)
 	in.ExpireAt = at
 	key, err := h.ImportKeyMaterial(tb.Context(), in)
 	require.NoError(tb, err)
@@ -24,10 +24,12 @@ func (h *house) importUntil(tb testing.TB, keyID string, material []byte, at tim
 // Material stops working in the second it expires, whether it is open in the
 // cache or not and before any sweep; the same material brings old ciphertexts
 // back, and no other is taken.
-func TestExpiry(t *testing.T) {
-	h := newHouse(t)
-	cached, cold := h.newKey(t, engine.AliyunAES256), h.newKey(t, engine.AliyunAES256)
-	material := randomBytes(32)
+func TestExpiry(t *testing.T) { onEveryRoute(t, testExpiry) }
+
+func testExpiry(t *testing.T, h *house) {
+	h.needUse(t)
+	cached, cold := h.newKey(t, h.route.spec), h.newKey(t, h.route.spec)
+	material := h.route.material()
 	at := h.clock.in(time.Minute)
 	h.importUntil(t, cached, material, at)
 	h.importUntil(t, cold, material, at)
@@ -50,7 +52,7 @@ func TestExpiry(t *testing.T) {
 		}
 		_, err := h.Decrypt(t.Context(), blob, nil)
 		requireKind(t, engine.KeyPendingImport, err)
-		keys, _, err := h.ListKeys(t.Context(), engine.ListKeysInput{})
+		keys, _, err := h.ListKeys(t.Context(), engine.ListKeysInput{KeyIDs: []string{cached, cold}})
 		require.NoError(t, err)
 		for _, key := range keys {
 			require.Equal(t, engine.PendingImport, key.State)
@@ -70,12 +72,13 @@ func TestExpiry(t *testing.T) {
 	require.Empty(t, stored(cached))
 	expired()
 
-	other := input(t, h.parameters(t, cached), randomBytes(32))
+	other := h.input(t, h.parameters(t, cached), h.route.material())
 	_, err := h.ImportKeyMaterial(t.Context(), other)
 	require.Equal(t, refused, err)
 	expired()
 	h.importInto(t, cached, material)
 	h.requireDecrypts(t, blob, "kept")
+	require.NoError(t, h.DeleteKeyMaterial(t.Context(), cached))
 }
 
 // An import that comes between expiry and sweep wins, and the sweep leaves its

@@ -106,6 +106,8 @@ type house struct {
 	between  func(store.Store) store.Store // what stands between engine and database
 	store    *sqlite.Store
 	instance string
+	route    route                              // of what is imported
+	asked    map[string]engine.ImportParameters // by PKCS#1 v1.5, whose pairs are few
 }
 
 // newHouse builds a house whose clock stands still, that sweeps only when it is
@@ -113,7 +115,7 @@ type house struct {
 // fifth of a second. Settings change that.
 func newHouse(tb testing.TB, settings ...func(*house)) *house {
 	tb.Helper()
-	h := &house{clock: newClock(), between: func(s store.Store) store.Store { return s }}
+	h := &house{clock: newClock(), route: defaultRoute, asked: map[string]engine.ImportParameters{}, between: func(s store.Store) store.Store { return s }}
 	h.database.Path = filepath.Join(tb.TempDir(), "keyferry.db")
 	h.cfg = engine.Config{
 		Now: h.clock.Now, ManualSweep: true, PoolSize: 1, PairBound: 1, FailureFloor: time.Millisecond,
@@ -202,17 +204,29 @@ func (h *house) newKey(tb testing.TB, spec engine.KeySpec) string {
 	return key.KeyID
 }
 
-// parameters asks for import parameters, RSA_2048 and RSAES_OAEP_SHA_1.
+// parameters asks for import parameters of the house's route.
 func (h *house) parameters(tb testing.TB, keyID string) engine.ImportParameters {
 	tb.Helper()
-	return h.parametersFor(tb, keyID, hsm.OAEPSHA1)
+	if params, ok := h.asked[keyID]; ok {
+		return params
+	}
+	params := h.parametersOf(tb, keyID, h.route.pair, h.route.alg)
+	if h.route.alg == hsm.PKCS1v15 {
+		h.asked[keyID] = params
+	}
+	return params
 }
 
 func (h *house) parametersFor(tb testing.TB, keyID string, alg hsm.Algorithm) engine.ImportParameters {
 	tb.Helper()
+	return h.parametersOf(tb, keyID, hsm.RSA2048, alg)
+}
+
+func (h *house) parametersOf(tb testing.TB, keyID string, pair hsm.PairSpec, alg hsm.Algorithm) engine.ImportParameters {
+	tb.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	params, err := h.GetParametersForImport(ctx, keyID, hsm.RSA2048, alg)
+	params, err := h.GetParametersForImport(ctx, keyID, pair, alg)
 	require.NoError(tb, err)
 	return params
 }
@@ -233,15 +247,15 @@ func inputFor(tb testing.TB, params engine.ImportParameters, alg hsm.Algorithm, 
 // importInto imports material into a CMK and fails the test if that fails.
 func (h *house) importInto(tb testing.TB, keyID string, material []byte) engine.KeyMetadata {
 	tb.Helper()
-	key, err := h.ImportKeyMaterial(context.Background(), input(tb, h.parameters(tb, keyID), material))
+	key, err := h.ImportKeyMaterial(context.Background(), h.input(tb, h.parameters(tb, keyID), material))
 	require.NoError(tb, err)
 	return key
 }
 
-// enabledKey makes an AES CMK with material of its own.
+// enabledKey makes a CMK of the house's route with material of its own.
 func (h *house) enabledKey(tb testing.TB) (keyID string, material []byte) {
 	tb.Helper()
-	keyID, material = h.newKey(tb, engine.AliyunAES256), randomBytes(32)
+	keyID, material = h.newKey(tb, h.route.spec), h.route.material()
 	require.Equal(tb, engine.Enabled, h.importInto(tb, keyID, material).State)
 	return keyID, material
 }

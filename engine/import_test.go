@@ -3,6 +3,7 @@ package engine_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/sha1"
@@ -13,6 +14,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/emmansun/gmsm/sm2"
+	"github.com/emmansun/gmsm/smx509"
 	"github.com/stretchr/testify/require"
 
 	"github.com/keyferry/keyferry/engine"
@@ -67,48 +70,74 @@ func TestSM4WithoutSM4InTheToken(t *testing.T) {
 }
 
 func TestWrongLengthsAreRefused(t *testing.T) {
-	h := newHouse(t, with(func(c *engine.Config) { c.FailureBudget = 1000 }))
-	for spec, right := range map[engine.KeySpec]int{engine.AliyunAES256: 32, engine.AliyunSM4: 16} {
-		t.Run(string(spec), func(t *testing.T) {
-			fresh, bound := h.newKey(t, spec), h.newKey(t, spec)
-			freshParams, boundParams := h.parameters(t, fresh), h.parameters(t, bound)
+	onEveryRoute(t, testWrongLengthsAreRefused, with(func(c *engine.Config) { c.FailureBudget = 1000 }))
+}
 
-			// Its last bytes are zero, so that shorter material with zeros added
-			// would be the same.
-			first := append(randomBytes(right-9), make([]byte, 9)...)
-			_, err := h.ImportKeyMaterial(t.Context(), input(t, boundParams, first))
-			require.NoError(t, err)
-			before := h.describe(t, bound)
+func testWrongLengthsAreRefused(t *testing.T, h *house) {
+	fresh, bound := h.newKey(t, h.route.spec), h.newKey(t, h.route.spec)
+	right := h.route.len()
+	freshParams, boundParams := h.parameters(t, fresh), h.parameters(t, bound)
 
-			for n := range 65 {
-				if n == right {
-					continue
-				}
-				refuse := func(params engine.ImportParameters, name string, material []byte) {
-					in := engine.ImportInput{KeyID: params.KeyID, ImportToken: params.ImportToken}
-					in.EncryptedKeyMaterial = oaep(t, params.PublicKey, material)
-					_, err := h.ImportKeyMaterial(t.Context(), in)
-					require.Equal(t, refused, err, "%d bytes, %s", n, name)
-				}
-				refuse(freshParams, "random", randomBytes(n))
-				refuse(freshParams, "zeros", make([]byte, n))
-				refuse(freshParams, "zero-tailed", append(randomBytes(max(0, n-8)), make([]byte, min(8, n))...))
-				refuse(boundParams, "the first, cut or with zeros", append(bytes.Clone(first), make([]byte, 64)...)[:n])
+	// Its last bytes are zero, so that shorter material with zeros added
+	// would be the same.
+	first := append(randomBytes(right-9), make([]byte, 9)...)
+	_, err := h.ImportKeyMaterial(t.Context(), h.input(t, boundParams, first))
+	require.NoError(t, err)
+	before := h.describe(t, bound)
+
+	for n := range 65 {
+		if n == right {
+			continue
+		}
+		refuse := func(params engine.ImportParameters, name string, material []byte) {
+			in := engine.ImportInput{KeyID: params.KeyID, ImportToken: params.ImportToken}
+			in.EncryptedKeyMaterial = h.wrapAnything(t, params.PublicKey, material)
+			if h.route.alg == hsm.PKCS1v15 && h.cfg.Token.ImplicitRejection() {
+				in.ExpectMaterialID = randomBytes(hsm.MaterialIDLen)
 			}
-			require.Equal(t, engine.PendingImport, h.describe(t, fresh).State)
-			require.Equal(t, before, h.describe(t, bound))
-
-			_, err = h.ImportKeyMaterial(t.Context(), input(t, freshParams, randomBytes(right)))
-			require.NoError(t, err, "the right length")
-		})
+			_, err := h.ImportKeyMaterial(t.Context(), in)
+			require.Equal(t, refused, err, "%d bytes, %s", n, name)
+		}
+		refuse(freshParams, "random", randomBytes(n))
+		if h.route.alg == defaultRoute.alg { // what comes out is no matter of how it was wrapped
+			refuse(freshParams, "zeros", make([]byte, n))
+			refuse(freshParams, "zero-tailed", append(randomBytes(max(0, n-8)), make([]byte, min(8, n))...))
+		}
+		refuse(boundParams, "the first, cut or with zeros", append(bytes.Clone(first), make([]byte, 64)...)[:n])
 	}
+	require.Equal(t, engine.PendingImport, h.describe(t, fresh).State)
+	require.Equal(t, before, h.describe(t, bound))
+
+	_, err = h.ImportKeyMaterial(t.Context(), h.input(t, freshParams, randomBytes(right)))
+	require.NoError(t, err, "the right length")
 }
 
 // refused is the one answer to bad material, down to its cause, which it has
 // not.
 var refused error = &engine.Error{Kind: engine.InvalidKeyMaterial}
 
-// oaep wraps what byok refuses to.
+// wrapAnything wraps by the house's route what byok refuses to.
+func (h *house) wrapAnything(tb testing.TB, spki, material []byte) []byte {
+	tb.Helper()
+	var wrapped []byte
+	var err error
+	switch h.route.alg {
+	case hsm.OAEPSHA256:
+		wrapped, err = rsa.EncryptOAEP(sha256.New(), rand.Reader, publicKey(tb, spki), material, nil)
+	case hsm.PKCS1v15:
+		wrapped, err = rsa.EncryptPKCS1v15(rand.Reader, publicKey(tb, spki), material)
+	case hsm.SM2PKE:
+		pub, parseErr := smx509.ParsePKIXPublicKey(spki)
+		require.NoError(tb, parseErr)
+		wrapped, err = sm2.EncryptASN1(rand.Reader, pub.(*ecdsa.PublicKey), material)
+	default:
+		return oaep(tb, spki, material)
+	}
+	require.NoError(tb, err)
+	return wrapped
+}
+
+// oaep wraps by RSAES_OAEP_SHA_1 what byok refuses to.
 func oaep(tb testing.TB, spki, material []byte) []byte {
 	tb.Helper()
 	wrapped, err := rsa.EncryptOAEP(sha1.New(), rand.Reader, publicKey(tb, spki), material, nil)
@@ -126,18 +155,20 @@ func publicKey(tb testing.TB, spki []byte) *rsa.PublicKey {
 
 // A CMK has one material for ever: not another one, not after it was deleted,
 // and not one with the same check value.
-func TestOtherMaterialIsRefused(t *testing.T) {
-	h := newHouse(t)
-	first, second := sameCheckValue(t)
-	keyID := h.newKey(t, engine.AliyunAES256)
+func TestOtherMaterialIsRefused(t *testing.T) { onEveryRoute(t, testOtherMaterialIsRefused) }
+
+func testOtherMaterialIsRefused(t *testing.T, h *house) {
+	h.needUse(t)
+	first, second := sameCheckValue(t, h.route.spec)
+	keyID := h.newKey(t, h.route.spec)
 	params := h.parameters(t, keyID)
-	imported, err := h.ImportKeyMaterial(t.Context(), input(t, params, first))
+	imported, err := h.ImportKeyMaterial(t.Context(), h.input(t, params, first))
 	require.NoError(t, err)
 	blob := h.encrypt(t, keyID, "under the first")
 
 	refuse := func(material []byte) {
 		before := h.describe(t, keyID)
-		in := input(t, params, material)
+		in := h.input(t, params, material)
 		_, err := h.ImportKeyMaterial(t.Context(), in)
 		require.Equal(t, refused, err)
 		in.ExpectCheckValue = imported.CheckValue.Value[:]
@@ -145,30 +176,30 @@ func TestOtherMaterialIsRefused(t *testing.T) {
 		require.Equal(t, refused, err)
 		require.Equal(t, before, h.describe(t, keyID))
 	}
-	refuse(randomBytes(32))
+	refuse(h.route.material())
 	refuse(second)
 	h.requireDecrypts(t, blob, "under the first")
 
 	require.NoError(t, h.DeleteKeyMaterial(t.Context(), keyID))
-	refuse(randomBytes(32))
+	refuse(h.route.material())
 	refuse(second)
 
 	h.reopen(t)
 	refuse(second)
-	again, err := h.ImportKeyMaterial(t.Context(), input(t, params, first))
+	again, err := h.ImportKeyMaterial(t.Context(), h.input(t, params, first))
 	require.NoError(t, err)
 	require.Equal(t, imported, again)
 	h.requireDecrypts(t, blob, "under the first")
 }
 
-// sameCheckValue finds two AES-256 keys with one check value, which among
-// 2^24 takes some thousands of tries.
-func sameCheckValue(tb testing.TB) (first, second []byte) {
+// sameCheckValue finds two keys with one check value, which among 2^24 takes
+// some thousands of tries.
+func sameCheckValue(tb testing.TB, spec engine.KeySpec) (first, second []byte) {
 	tb.Helper()
 	seen := make(map[[3]byte][]byte)
 	for {
-		key := randomBytes(32)
-		kcv, err := byok.KCV(string(engine.AliyunAES256), key)
+		key := randomBytes(byok.MaterialLen(string(spec)))
+		kcv, err := byok.KCV(string(spec), key)
 		require.NoError(tb, err)
 		if other, ok := seen[kcv]; ok {
 			return other, key

@@ -117,8 +117,9 @@ func edits(value, of any) []any {
 }
 
 // A database writer who owns a CMK makes its row, or parts of it, another's.
-func TestRowsAreNotExchanged(t *testing.T) {
-	h := newHouse(t)
+func TestRowsAreNotExchanged(t *testing.T) { onEveryRoute(t, testRowsAreNotExchanged) }
+
+func testRowsAreNotExchanged(t *testing.T, h *house) {
 	mine, _ := h.enabledKey(t)
 	victims, _ := h.enabledKey(t)
 	names, values := h.columns(t, victims)
