@@ -38,6 +38,13 @@ func CopyVaultForTest(ctx context.Context, t *Token) error {
 	})
 }
 
+// SM2BlobForTest is the mechanism by which a token of those numbers unwraps a
+// customer's ciphertext, and what it is given.
+func SM2BlobForTest(n SM2Numbers, blob []byte) (mechanism uint32, out []byte, err error) {
+	m, out, err := n.sm2Blob(blob)
+	return uint32(m), out, err
+}
+
 // AdoptPairForTest puts an RSA private key that the test knows on the token,
 // as a session object that unwraps as wrapping pairs do, and lets Import take
 // it for a pair. It lives as long as the token's connection.

@@ -50,7 +50,8 @@ type pair struct {
 func (p *pair) unwrapParams(blob []byte) (p11.Params, []byte, error) {
 	switch {
 	case p.sm2 != nil:
-		return p.sm2By.sm2Blob(blob)
+		m, blob, err := p.sm2By.sm2Blob(blob)
+		return p11.Plain(m), blob, err
 	case len(blob) != p.rsa.Size():
 		return p11.Params{}, nil, errLength
 	}

@@ -19,6 +19,9 @@ import (
 // Config or proven by known answers, and never guessed from a number.
 //
 // A number of zero means that the vendor has none, or that no source gives it.
+// SM4 without GCM is measured and refused, though the token may have CBC and
+// CMAC: to encrypt and then MAC, the material would have to be two keys, and
+// PKCS#11 has no way of deriving them in the token that tokens share.
 type Profile struct {
 	Name string     `yaml:"name"`
 	SM4  SM4Numbers `yaml:"sm4"`
@@ -37,9 +40,20 @@ type SM4Numbers struct {
 type SM2Numbers struct {
 	KeyType    uint32 `yaml:"key_type"` // of key pairs; 3 is CKK_EC, with the curve in CKA_EC_PARAMS
 	KeyPairGen uint32 `yaml:"key_pair_gen"`
-	Raw        uint32 `yaml:"raw"` // C_UnwrapKey of 04 ‖ x ‖ y ‖ C3 ‖ C2
+	Raw        uint32 `yaml:"raw"` // C_UnwrapKey of C1 (04 ‖ x ‖ y) and what RawOrder says
 	DER        uint32 `yaml:"der"` // C_UnwrapKey of the ASN.1 of GM/T 0009
+	// RawOrder is the layout that Raw takes: C1C3C2, as the standard has it and
+	// as "" means, or C1C2C3, as before the standard. Customers send C1C3C2 in
+	// either case.
+	RawOrder string `yaml:"raw_order"`
 }
+
+// The values of SM2Numbers.RawOrder: C2 is as long as the material, C3 has 32
+// bytes.
+const (
+	C1C3C2 = "C1C3C2"
+	C1C2C3 = "C1C2C3"
+)
 
 // BuiltinProfiles are the profiles that sources give: our own SoftHSM2 (see
 // softhsm/patches), Sansec's swpkcs11.h, xipki's tables for TASS, Koal's IDL
@@ -86,6 +100,9 @@ func (p Profile) Validate() error {
 	}
 	if p.SM2 != (SM2Numbers{}) && p.SM2.KeyPairGen == 0 {
 		errs = append(errs, fmt.Errorf("hsm: profile %q has no number for SM2 key pair generation", p.Name))
+	}
+	if o := p.SM2.RawOrder; o != "" && o != C1C3C2 && o != C1C2C3 {
+		errs = append(errs, fmt.Errorf("hsm: profile %q has SM2 ciphertexts laid out as %q, which is neither %s nor %s", p.Name, o, C1C3C2, C1C2C3))
 	}
 	return errors.Join(errs...)
 }
@@ -178,8 +195,6 @@ func proveSM4(s *p11.Session, has map[p11.Mechanism]bool, p Profile) error {
 	case n.KeyType == 0:
 		return fmt.Errorf("%w: profile %q does not know the key type of SM4", ErrUnsupported, p.Name)
 	case n.GCM == 0 || !has[p11.Mechanism(n.GCM)]:
-		// Encrypt-then-MAC by CBC and CMAC would need keys derived from the
-		// material, and PKCS#11 has no derivation that tokens share.
 		return fmt.Errorf("%w: SM4 without SM4-GCM (profile %q)", ErrUnsupported, p.Name)
 	}
 	key, err := s.CreateObject(p11.NewTemplate(knownSM4(n, sm4Key)...))

@@ -105,6 +105,9 @@ func proveSM2Unwrap(s *p11.Session, n SM2Numbers, m p11.Mechanism, priv p11.Hand
 	if err != nil {
 		return err
 	}
+	if m, blob, err = n.sm2Blob(blob); err != nil {
+		return err
+	}
 	key, err := s.Unwrap(p11.Plain(m), priv, blob, p11.NewTemplate(measured()...))
 	if err != nil {
 		return err
@@ -124,9 +127,9 @@ var sm2Raw = sm2.NewPlainEncrypterOpts(sm2.MarshalUncompressed, sm2.C1C3C2)
 // 0x04 begins the raw layout, 0x30 the ASN.1 of GM/T 0009. Where the token has
 // only one of the two, the ciphertext is written in that; nothing secret is
 // touched by it.
-func (n SM2Numbers) sm2Blob(blob []byte) (p11.Params, []byte, error) {
+func (n SM2Numbers) sm2Blob(blob []byte) (p11.Mechanism, []byte, error) {
 	if len(blob) == 0 {
-		return p11.Params{}, nil, errLength
+		return 0, nil, errLength
 	}
 	var raw, der []byte
 	var err error
@@ -148,12 +151,17 @@ func (n SM2Numbers) sm2Blob(blob []byte) (p11.Params, []byte, error) {
 		err = errLength
 	}
 	if err != nil {
-		return p11.Params{}, nil, errLength
+		return 0, nil, errLength
 	}
 	if blob[0] == 0x30 && n.DER != 0 || n.Raw == 0 {
-		return p11.Plain(p11.Mechanism(n.DER)), der, nil
+		return p11.Mechanism(n.DER), der, nil
 	}
-	return p11.Plain(p11.Mechanism(n.Raw)), raw, nil
+	if n.RawOrder == C1C2C3 {
+		if raw, err = sm2.AdjustCiphertextSplicingOrder(raw, sm2.C1C3C2, sm2.C1C2C3); err != nil {
+			return 0, nil, errLength
+		}
+	}
+	return p11.Mechanism(n.Raw), raw, nil
 }
 
 // generateSM2 generates an SM2 pair on the token, with its public half: the

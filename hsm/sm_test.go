@@ -3,6 +3,7 @@ package hsm_test
 import (
 	"context"
 	"crypto/cipher"
+	"crypto/rand"
 	"encoding/hex"
 	"testing"
 
@@ -221,7 +222,121 @@ func TestProfiles(t *testing.T) {
 	require.NoError(t, err, "ASN.1 is written raw for a token that has only that")
 	require.NoError(t, token.Close())
 
+	// A layout that is not the token's is found out by the known answer.
+	other := ours
+	other.Name, other.SM2.RawOrder = "other", hsm.C1C2C3
+	cfg.Profiles, cfg.Profile = []hsm.Profile{other}, "other"
+	token = open(t, cfg)
+	require.NoError(t, token.Usable(hsm.SM4))
+	err = token.Offers(hsm.ECSM2, hsm.SM2PKE)
+	require.ErrorIs(t, err, hsm.ErrUnsupported)
+	require.ErrorContains(t, err, `SM2PKE of profile "other"`)
+	require.NoError(t, token.Close())
+
+	require.Error(t, hsm.Profile{Name: "x", SM2: hsm.SM2Numbers{KeyPairGen: 1, RawOrder: "C3C2C1"}}.Validate())
 	require.Error(t, hsm.Profile{}.Validate())
 	require.Error(t, hsm.Profile{Name: "x", SM4: hsm.SM4Numbers{KeyType: 1}}.Validate())
 	require.Error(t, hsm.Profile{Name: "x", SM2: hsm.SM2Numbers{KeyType: 1}}.Validate())
+}
+
+// A customer's ciphertext, raw or in ASN.1, reaches every token in a layout
+// that it takes, and decrypts to the same.
+func TestSM2LayoutsOfTokens(t *testing.T) {
+	key, err := sm2.GenerateKey(rand.Reader)
+	require.NoError(t, err)
+	material := random(32)
+	raw, err := sm2.Encrypt(rand.Reader, &key.PublicKey, material, sm2.NewPlainEncrypterOpts(sm2.MarshalUncompressed, sm2.C1C3C2))
+	require.NoError(t, err)
+	asn1, err := sm2.PlainCiphertext2ASN1(raw, sm2.C1C3C2)
+	require.NoError(t, err)
+	const byRaw, byDER = 1, 2
+	plain, old, der := sm2.NewPlainDecrypterOpts(sm2.C1C3C2), sm2.NewPlainDecrypterOpts(sm2.C1C2C3), sm2.ASN1DecrypterOpts
+	for name, c := range map[string]struct {
+		numbers          hsm.SM2Numbers
+		fromRaw, fromDER *sm2.DecrypterOpts
+	}{
+		"both":        {hsm.SM2Numbers{Raw: byRaw, DER: byDER}, plain, der},
+		"raw":         {hsm.SM2Numbers{Raw: byRaw}, plain, plain},
+		"raw, named":  {hsm.SM2Numbers{Raw: byRaw, RawOrder: hsm.C1C3C2}, plain, plain},
+		"raw, of old": {hsm.SM2Numbers{Raw: byRaw, RawOrder: hsm.C1C2C3}, old, old},
+		"old and DER": {hsm.SM2Numbers{Raw: byRaw, DER: byDER, RawOrder: hsm.C1C2C3}, old, der},
+		"DER":         {hsm.SM2Numbers{DER: byDER}, der, der},
+	} {
+		t.Run(name, func(t *testing.T) {
+			for blob, opts := range map[string]*sm2.DecrypterOpts{string(raw): c.fromRaw, string(asn1): c.fromDER} {
+				mechanism, out, err := hsm.SM2BlobForTest(c.numbers, []byte(blob))
+				require.NoError(t, err)
+				require.Equal(t, opts == der, mechanism == byDER)
+				got, err := key.Decrypt(nil, out, opts)
+				require.NoError(t, err)
+				require.Equal(t, material, got)
+			}
+		})
+	}
+}
+
+// A token whose SM4 has no GCM: its material is imported and identified, and
+// its use refused by name. When GCM comes, by an update of the token or of the
+// profile, init adds the SM4 vault to what is there, and a re-import of the
+// same material makes it usable.
+func TestSM4ComesLater(t *testing.T) {
+	ctx := context.Background()
+	needSM(t, softhsm.New(t, softhsm.WithKeys()))
+	soft := softhsm.New(t)
+	without := hsm.BuiltinProfiles()[0]
+	without.Name, without.SM4.GCM = "CBC and CMAC", 0
+	cfg := initConfig(soft)
+	cfg.Profile, cfg.Profiles = without.Name, []hsm.Profile{without}
+	pins, err := hsm.Init(ctx, cfg)
+	require.NoError(t, err)
+	require.Zero(t, pins.VaultSM4)
+	files := objectFiles(t, soft)
+	soft.Pins = pins
+
+	old := soft.Config()
+	old.Profile, old.Profiles = cfg.Profile, cfg.Profiles
+	b := &bench{soft: soft, token: open(t, old)}
+	require.ErrorIs(t, b.token.Usable(hsm.SM4), hsm.ErrUnsupported)
+	require.ErrorContains(t, b.token.Usable(hsm.SM4), "SM4-GCM")
+	b.pair, b.sm2 = newSM2Pair(t, b.token) // which this profile has
+	material := random(16)
+	first, err := b.token.Import(ctx, sm4Request(b, b.wrap(t, material)))
+	require.NoError(t, err)
+	require.Equal(t, pins.VaultAES, first.Material.Vault)
+	require.Equal(t, hsm.CheckValueAES, first.CheckValue.Algorithm)
+	_, err = b.token.OpenMaterial(ctx, first.Material)
+	require.ErrorIs(t, err, hsm.ErrUnsupported)
+	require.NoError(t, b.token.Close())
+
+	// The token can, and nobody has made the vault.
+	b.token = open(t, soft.Config())
+	require.ErrorIs(t, b.token.Usable(hsm.SM4), hsm.ErrUnsupported)
+	require.ErrorContains(t, b.token.Usable(hsm.SM4), "run init")
+	require.NoError(t, b.token.Close())
+
+	cfg = initConfig(soft)
+	cfg.Pins = pins
+	added, err := hsm.Init(ctx, cfg)
+	require.NoError(t, err)
+	require.NotZero(t, added.VaultSM4)
+	require.Subset(t, objectFiles(t, soft), files)
+	require.Len(t, objectFiles(t, soft), len(files)+3, "the vault, and both halves of the pair")
+	soft.Pins = added
+	pins.VaultSM4 = added.VaultSM4
+	require.Equal(t, pins, added)
+
+	b.token = open(t, soft.Config())
+	_, err = b.token.OpenMaterial(ctx, first.Material)
+	require.ErrorIs(t, err, hsm.ErrUnsupported)
+	require.ErrorContains(t, err, "import it again")
+	second, err := b.token.Import(ctx, sm4Request(b, b.wrap(t, material)))
+	require.NoError(t, err)
+	require.Equal(t, first.Identity, second.Identity, "the same material, as is proven")
+	require.Equal(t, added.VaultSM4, second.Material.Vault)
+	require.Equal(t, hsm.CheckValueSM4, second.CheckValue.Algorithm)
+	key, err := b.token.OpenMaterial(ctx, second.Material)
+	require.NoError(t, err)
+	_, err = key.Encrypt(ctx, nil, []byte("used"), nil)
+	require.NoError(t, err)
+	require.NoError(t, key.Close())
 }
