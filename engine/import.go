@@ -303,5 +303,8 @@ func (e *Engine) refuseMaterial(ctx context.Context, a *admitted) error {
 	}
 	e.log.LogAttrs(ctx, slog.LevelWarn, "refused key material",
 		slog.String("key_id", a.row.KeyID), slog.Int("failures", failures), slog.Int("allowed", e.failureBudget))
+	if failures > e.failureBudget { // which other nodes used up meanwhile
+		return &Error{Kind: InvalidImportToken}
+	}
 	return &Error{Kind: InvalidKeyMaterial}
 }

@@ -332,6 +332,39 @@ func TestFailureBudgetUnderConcurrency(t *testing.T) {
 	require.Equal(t, budget, tried)
 }
 
+// Nor do many at once on several nodes, each of which counts what is under way
+// for itself.
+func TestFailureBudgetOnEveryNode(t *testing.T) {
+	const budget = 7
+	h := newHouse(t, with(func(c *engine.Config) { c.FailureBudget = budget }))
+	keyID := h.newKey(t, engine.AliyunAES256)
+	params := h.parameters(t, keyID)
+	material := randomBytes(32)
+	bad := input(t, params, material)
+	bad.EncryptedKeyMaterial[9] ^= 1
+	other, err := engine.New(t.Context(), h.cfg)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, other.Close()) }()
+	nodes := []*engine.Engine{h.Engine, other}
+
+	tried := 0
+	for _, err := range inParallel(40, func(i int) error {
+		_, err := nodes[i%2].ImportKeyMaterial(t.Context(), bad)
+		return err
+	}) {
+		if refused.Error() == err.Error() {
+			tried++
+			continue
+		}
+		requireKind(t, engine.InvalidImportToken, err)
+	}
+	require.Equal(t, budget, tried)
+	for _, node := range nodes {
+		_, err := node.ImportKeyMaterial(t.Context(), input(t, params, material))
+		requireKind(t, engine.InvalidImportToken, err)
+	}
+}
+
 // inParallel runs f so many times at once and returns what each answered.
 func inParallel(n int, f func(i int) error) []error {
 	answers := make([]error, n)

@@ -321,13 +321,6 @@ func (o *owner) importMaterial(t *testing.T, wrapped string, more ...string) err
 	return o.call(t.Context(), "ImportKeyMaterial", params, nil)
 }
 
-func expectCode(t *testing.T, code string, err error) {
-	t.Helper()
-	var refused *apiError
-	require.ErrorAs(t, err, &refused)
-	require.Equal(t, code, refused.Code)
-}
-
 // live is the life of a key until it is in use, with everything that may go
 // wrong on the way. It is done by whoever has a voyage on this token.
 func (w *wiretap) live(t *testing.T, o *owner) {
