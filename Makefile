@@ -50,6 +50,10 @@ test-all: test ## the same and everything slow too (KEYFERRY_SLOW=1)
 test-races: deps ## race stock SoftHSM2 for its keys, as hsm/adversary knows how (may crash it)
 	KEYFERRY_RACES=1 $(GO) test -count=1 -v -run Thief ./hsm/adversary
 
+.PHONY: test-timing
+test-timing: deps ## compare the times of answers to an attacker's blobs, 1,000 of each kind
+	KEYFERRY_TIMING=1 $(GO) test -count=1 -v -run TestTiming -timeout 60m ./cmd/keyferryd
+
 .PHONY: test-container
 test-container: ## run the tests in a container, then keyferryd in one against SDKs outside
 	softhsm/test-container.sh
