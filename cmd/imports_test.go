@@ -22,22 +22,24 @@ const module = "github.com/keyferry/keyferry/"
 // tests. Imports point one way: cryptoki, hsm, engine, kmsapi, cmd; acs and
 // byok, which a customer uses without an HSM, import none of them.
 var house = map[string][]string{
-	"hsm/internal/cryptoki":  {},
-	"hsm":                    {"hsm/internal/cryptoki"},
-	"hsm/hsmtest":            {"hsm/internal/cryptoki"}, // for tests alone
-	"hsm/adversary":          {},                        // tests alone
-	"hsm/adversary/thief":    {},                        // for those tests
-	"engine/store":           {"hsm"},
-	"engine/store/storetest": {"engine/store", "hsm"},
-	"engine/store/sqlite":    {"engine/store", "hsm"},
-	"engine":                 {"engine/store", "hsm"},
-	"engine/acs":             {},
-	"engine/byok":            {},
-	"engine/kmsapi":          {"engine", "engine/acs", "engine/store", "hsm"},
-	"softhsm":                {"hsm"},
-	"cmd":                    {}, // this test
-	"cmd/keyferry":           {"engine/acs", "engine/byok"},
-	"cmd/keyferryd":          {"engine", "engine/acs", "engine/byok", "engine/kmsapi", "engine/store", "engine/store/sqlite", "hsm", "softhsm"},
+	"hsm/internal/cryptoki":        {},
+	"hsm":                          {"hsm/internal/cryptoki"},
+	"hsm/hsmtest":                  {"hsm/internal/cryptoki"}, // for tests alone
+	"hsm/adversary":                {},                        // tests alone
+	"hsm/adversary/thief":          {},                        // for those tests
+	"engine/store":                 {"hsm"},
+	"engine/store/storetest":       {"engine/store", "hsm"},
+	"engine/store/sqlite":          {"engine/store", "hsm"},
+	"engine/store/postgres":        {"engine/store"},
+	"engine/store/postgres/pgtest": {"engine/store/postgres"}, // for tests alone
+	"engine":                       {"engine/store", "hsm"},
+	"engine/acs":                   {},
+	"engine/byok":                  {},
+	"engine/kmsapi":                {"engine", "engine/acs", "engine/store", "hsm"},
+	"softhsm":                      {"hsm"},
+	"cmd":                          {}, // this test
+	"cmd/keyferry":                 {"engine/acs", "engine/byok"},
+	"cmd/keyferryd":                {"engine", "engine/acs", "engine/byok", "engine/kmsapi", "engine/store", "engine/store/postgres", "engine/store/sqlite", "hsm", "softhsm"},
 }
 
 // foreign lists imports from outside this module that a package keeps to
@@ -46,7 +48,8 @@ var house = map[string][]string{
 var foreign = map[string][]string{
 	"C":                       {"hsm/internal/cryptoki", "hsm/adversary/thief"}, // the thief has a PKCS#11 client of his own
 	"github.com/miekg/pkcs11": {"hsm/internal/cryptoki"},
-	"database/sql":            {"engine/store/sqlite"},
+	"database/sql":            {"engine/store/sqlite", "engine/store/postgres"},
+	"github.com/jackc/pgx/v5": {"engine/store/postgres", "engine/store/postgres/pgtest"},
 	"modernc.org/sqlite":      {"engine/store/sqlite"},
 	"net/http":                {"engine/acs", "engine/kmsapi", "cmd/keyferry", "cmd/keyferryd"},
 }

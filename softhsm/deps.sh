@@ -7,12 +7,13 @@
 # look. Says nothing and is quick where everything is there already.
 #
 #   deps.sh softhsm    brings what softhsm/build.sh needs, too
+#   deps.sh test       brings the database server that only tests need, too
 #   deps.sh --module   only prints which SoftHSM2 the tests use
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 deps=$PWD/build/deps
-building=${1:-}
+purpose=${1:-}
 
 say() { printf 'deps: %s\n' "$*" >&2; }
 die() { say "$*"; exit 1; }
@@ -57,13 +58,35 @@ spy() {
   return 1
 }
 
+# postgres prints where PostgreSQL's server is, which tests start by themselves.
+# engine/store/postgres/pgtest has the same list.
+postgres() {
+  local path
+  for path in \
+    "${KEYFERRY_POSTGRES_BIN:-$deps/none}" \
+    "$deps"/usr/lib/postgresql/*/bin \
+    /usr/lib/postgresql/*/bin \
+    /usr/pgsql-*/bin \
+    /usr/local/bin \
+    /usr/bin; do
+    if [ -x "$path/initdb" ] && [ -x "$path/postgres" ]; then
+      echo "$path"
+      return
+    fi
+  done
+  return 1
+}
+
 # missing prints the packages whose programs are not there.
 missing() {
   module >/dev/null || echo softhsm2
   PATH="$deps/usr/bin:$PATH" command -v openssl >/dev/null || echo openssl
   command -v "${CC:-gcc}" >/dev/null || echo gcc libc6-dev
   spy >/dev/null || echo opensc-pkcs11
-  if [ "$building" = softhsm ]; then
+  if [ "$purpose" = test ]; then
+    postgres >/dev/null || echo postgresql
+  fi
+  if [ "$purpose" = softhsm ]; then
     PATH="$deps/usr/bin:$PATH" command -v g++ >/dev/null || echo g++
     PATH="$deps/usr/bin:$PATH" command -v patch >/dev/null || echo patch
     [ -f /usr/include/openssl/evp.h ] || [ -f "$deps/usr/include/openssl/evp.h" ] || echo libssl-dev
@@ -123,7 +146,7 @@ CONF
   cp -a "$work/root/." "$deps/"
 }
 
-if [ "$building" = --module ]; then
+if [ "$purpose" = --module ]; then
   module || die "SoftHSM2 is missing: run make deps"
   exit
 fi

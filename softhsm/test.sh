@@ -12,6 +12,8 @@ ours=$PWD/build/softhsm/lib/softhsm/libsofthsm2.so
 # hsm/adversary goes through all modules by itself; no other package opens any.
 tokens=(./hsm ./engine ./cmd/keyferryd ./cmd/keyferry ./softhsm)
 
+softhsm/deps.sh test
+
 say() { printf '== %s\n' "$*"; }
 
 if [ -n "${KEYFERRY_SOFTHSM_MODULE:-}" ]; then

@@ -87,10 +87,6 @@ type fingerprint struct{ hsm.Fingerprint }
 // IsZero is for yaml's omitempty.
 func (f fingerprint) IsZero() bool { return f.Fingerprint == hsm.Fingerprint{} }
 
-type storeConfig struct {
-	SQLite string `yaml:"sqlite"` // path of the database file
-}
-
 // pairsConfig sizes the pools of wrapping pairs; zero values are the engine's.
 type pairsConfig struct {
 	Specs       []hsm.PairSpec `yaml:"specs,omitempty"`
@@ -173,7 +169,7 @@ func plainYAMLError(err error) error {
 
 // resolve makes the paths of a configuration in dir absolute.
 func (c *config) resolve(dir string) {
-	paths := []*string{&c.Token.Module, &c.Token.UserPINFile, &c.Token.ProfilesFile, &c.Store.SQLite}
+	paths := append(c.Store.paths(), &c.Token.Module, &c.Token.UserPINFile, &c.Token.ProfilesFile)
 	for i := range c.AccessKeys {
 		paths = append(paths, &c.AccessKeys[i].SecretFile)
 	}
@@ -187,10 +183,18 @@ func (c *config) resolve(dir string) {
 	}
 }
 
-// hasDatabase is false only if there surely is none.
+// hasDatabase is false only if there surely is none. Of a PostgreSQL only that
+// itself can say.
 func (c *config) hasDatabase() bool {
+	if c.Store.Postgres != nil {
+		return true
+	}
 	_, err := os.Stat(c.Store.SQLite)
 	return !errors.Is(err, fs.ErrNotExist)
+}
+
+func (c *config) noDatabase() error {
+	return fmt.Errorf("there is no database at %s: restore it, or on a new server make it with %q", c.Store.SQLite, "keyferryd init")
 }
 
 // applyEnvironment sets what the PKCS#11 library reads of the environment. It

@@ -22,8 +22,9 @@ func initCommand() *cobra.Command {
 		Long: `Makes the keys of the configuration's token that are missing (vault, MAC key,
 receipt key), touches nothing that is there, and writes the token's serial and
 the fingerprints of the keys to token.pins of the configuration. It makes the
-database, too, if the configuration names one that is not there. It can be run
-again at any time. Serving needs all of it, and nobody but init makes it.
+SQLite database, too, if the configuration names one that is not there; a
+PostgreSQL is for "keyferryd migrate". It can be run again at any time. Serving
+needs all of it, and nobody but init makes it.
 
 The security officer's PIN is needed only where the vault key or the token
 itself has to be made. Do not leave it on this machine.`,
@@ -159,6 +160,9 @@ func (c *ceremony) record(before, pins hsm.Pins) error {
 // makeDatabase makes an empty database where there is none. With --print
 // nothing is written on this machine, which may not be the server.
 func (c *ceremony) makeDatabase(ctx context.Context, cfg *config) error {
+	if !c.print && cfg.Store.Postgres != nil {
+		c.say("Make the tables of the database with %q, unless they are there.", "keyferryd migrate")
+	}
 	if c.print || cfg.Store.SQLite == "" || cfg.hasDatabase() {
 		return nil
 	}

@@ -38,6 +38,10 @@ type suite struct{ *testing.M }
 
 func (s suite) Run() int {
 	status := s.M.Run()
+	if err := stopPostgres(); err != nil {
+		fmt.Fprintln(os.Stderr, "the shared PostgreSQL:", err)
+		return 1
+	}
 	if err := shared.stop(status != 0); err != nil {
 		fmt.Fprintln(os.Stderr, "the shared server:", err)
 		return 1

@@ -24,7 +24,7 @@ elsewhere, and an empty one in its place would hide that.`,
 				return fmt.Errorf("%s: %w", path, err)
 			}
 			if !cfg.hasDatabase() {
-				return fmt.Errorf("there is no database at %s: restore it, or on a new server make it with %q", cfg.Store.SQLite, "keyferryd init")
+				return cfg.noDatabase()
 			}
 			log := newLogger(cfg.Log, cmd.ErrOrStderr())
 			return serve(cmd.Context(), &cfg, cmd.OutOrStdout(), log, nil)

@@ -12,7 +12,7 @@ import (
 	"github.com/keyferry/keyferry/engine"
 	"github.com/keyferry/keyferry/engine/acs"
 	"github.com/keyferry/keyferry/engine/kmsapi"
-	"github.com/keyferry/keyferry/engine/store/sqlite"
+	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 )
 
@@ -21,7 +21,7 @@ type service struct {
 	handler http.Handler
 	engine  *engine.Engine
 	token   *hsm.Token
-	store   *sqlite.Store
+	store   store.Store
 }
 
 // minSecretLen is for secrets of access keys, in bytes. Whoever records a signed
@@ -49,9 +49,9 @@ func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service
 			err = errors.Join(err, s.close())
 		}
 	}()
-	// The store first: a second server on one database must not get as far as
-	// the token.
-	if s.store, err = sqlite.Open(ctx, sqlite.Config{Path: cfg.Store.SQLite, Logger: log}); err != nil {
+	// The store first: a second server on one SQLite database must not get as
+	// far as the token.
+	if s.store, err = openStore(ctx, &cfg.Store, log); err != nil {
 		return nil, err
 	}
 	if s.token, err = openToken(ctx, cfg, log); err != nil {

@@ -13,12 +13,9 @@ import (
 
 // validate returns everything that keeps a configuration from being served.
 func (c *config) validate() error {
-	errs := []error{c.validateToken(), c.validateListen()}
+	errs := []error{c.validateToken(), c.validateListen(), c.Store.validate()}
 	if c.Token.Pins.Serial == "" || c.Token.Pins.VaultAES.IsZero() || c.Token.Pins.MACKey.IsZero() {
 		errs = append(errs, errors.New(`token.pins: serial, vault_aes or mac_key is missing: run "keyferryd init", which writes them`))
-	}
-	if c.Store.SQLite == "" {
-		errs = append(errs, errors.New("store.sqlite is missing: name the database file"))
 	}
 	if len(c.AccessKeys) == 0 {
 		errs = append(errs, errors.New("access_keys is empty: nobody could sign a request"))

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/keyferry/keyferry/engine/store/postgres/pgtest"
+)
+
+// sharedPostgres is a PostgreSQL server for all tests that do not kill it.
+var sharedPostgres struct {
+	sync.Once
+	server *pgtest.Server
+	err    error
+}
+
+func postgresServer(t testing.TB) *pgtest.Server {
+	t.Helper()
+	sharedPostgres.Do(func() { sharedPostgres.server, sharedPostgres.err = pgtest.Start(pgtest.FastSettings...) })
+	pgtest.Need(t, sharedPostgres.err)
+	return sharedPostgres.server
+}
+
+func stopPostgres() error {
+	if sharedPostgres.server == nil {
+		return nil
+	}
+	return sharedPostgres.server.Stop()
+}
+
+// onPostgres has a site keep its rows in a database without tables.
+func (s *site) onPostgres(t testing.TB) *site {
+	t.Helper()
+	server := postgresServer(t)
+	database, err := server.EmptyDatabase(t.Context())
+	require.NoError(t, err)
+	s.write(t, "dsn", server.DSN(database)+"\n")
+	text, err := os.ReadFile(s.config)
+	require.NoError(t, err)
+	s.write(t, "keyferryd.yaml", strings.Replace(string(text), "sqlite: keyferry.db # beside this file", "postgres: {dsn_file: dsn}", 1))
+	return s
+}
+
+// The first day on a PostgreSQL: each step says which is the next one.
+func TestMigrateAndServe(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "").onPostgres(t)
+	require.Contains(t, s.init(t, "--init-token", "--so-pin-file", s.file("so-pin")), `with "keyferryd migrate"`)
+	_, stderr, err := s.keyferryd(t, "serve")
+	require.Error(t, err)
+	require.Regexp(t, `\Akeyferryd: the database has schema version 0 and this program needs version \d+: back it up and run "keyferryd migrate" once[^\n]*\n\z`, stderr)
+
+	stdout, stderr, err := s.keyferryd(t, "migrate")
+	require.NoError(t, err, stderr)
+	require.Regexp(t, `\AMade the tables, schema version \d+\. `, stdout)
+	stdout, stderr, err = s.keyferryd(t, "migrate")
+	require.NoError(t, err, stderr)
+	require.Contains(t, stdout, "Nothing was changed")
+
+	server := startTestServer(t, s.dir, "serve", "--config", s.config)
+	newCustomer(t, s.client(server, nil))
+	require.NoError(t, server.stop())
+
+	pg := postgresServer(t)
+	dsn, err := os.ReadFile(s.file("dsn"))
+	require.NoError(t, err)
+	_, database, _ := strings.Cut(strings.TrimSpace(string(dsn)), "dbname=")
+	require.NoError(t, pg.Exec(t.Context(), database, `INSERT INTO keyferry_schema (version_id, is_applied) VALUES (4711, true)`))
+	for _, command := range []string{"serve", "migrate"} {
+		_, stderr, err = s.keyferryd(t, command)
+		require.Error(t, err)
+		require.Contains(t, stderr, "a newer Keyferry has migrated it, run that one or restore the backup")
+	}
+}
+
+func TestMigrateSQLite(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "")
+	_, stderr, err := s.keyferryd(t, "migrate")
+	require.Error(t, err)
+	require.Contains(t, stderr, "there is no database at "+s.file("keyferry.db"))
+}
+
+// Every client goes through the whole life of a key, on PostgreSQL.
+func TestLifeOnPostgres(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "").onPostgres(t)
+	s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))
+	_, stderr, err := s.keyferryd(t, "migrate")
+	require.NoError(t, err, stderr)
+	server := startTestServer(t, s.dir, "serve", "--config", s.config)
+	cred := credentials{Region: "local", AccessKeyID: "tester", AccessKeySecret: "a secret of the tests"}
+	clients := sdks(t, server.endpoint, cred)
+	for _, name := range []string{"v1", "tea"} {
+		t.Run(name, func(t *testing.T) { live(t, clients[name], voyage{"Aliyun_AES_256", "RSAES_OAEP_SHA_1"}) })
+	}
+	require.NoError(t, server.stop())
+}
+
+func TestStoreConfig(t *testing.T) {
+	for text, says := range map[string]string{
+		"{}":                                    "store.sqlite is missing: name the database file, or a PostgreSQL in store.postgres",
+		"{sqlite: x, postgres: {dsn: host=/x}}": "store has both",
+		"{postgres: {}}":                        "needs dsn or dsn_file",
+		"{postgres: {dsn: host=/x, dsn_file: y}}":                                                                "needs dsn or dsn_file",
+		"{postgres: {dsn: 'postgres://a:hunter2@b/c'}}":                                                          "store.postgres.dsn holds a password",
+		"{postgres: {dsn: 'host=b password=hunter2'}}":                                                           "store.postgres.dsn holds a password",
+		"{postgres: {dsn: 'postgres://b?password=hunter2'}}":                                                     "store.postgres.dsn holds a password",
+		"{postgres: {dsn: host=/x, connections: -1}}":                                                            "connections is negative",
+		"{postgres: {dsn: host=/x, password: hunter2}}":                                                          "field password is unknown",
+		"{postgres: {dsn: 'postgres://keyferry@db/kf', password_file: z, connections: 4, allow_insecure: true}}": "",
+		"{postgres: {dsn_file: z}}":                                                                              "",
+	} {
+		cfg, err := parseConfig(fmt.Appendf(nil, "store: %s\n", text))
+		if err == nil {
+			err = cfg.Store.validate()
+		}
+		if says == "" {
+			require.NoError(t, err, text)
+			continue
+		}
+		require.ErrorContains(t, err, says)
+		require.NotContains(t, err.Error(), "hunter2")
+	}
+}

@@ -1,0 +1,155 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/keyferry/keyferry/engine/store"
+)
+
+// keyColumns are the columns of table cmk in the order of keyTargets.
+const keyColumns = `cmk.key_id, cmk.key_version_id, cmk.revision, cmk.spec, cmk.state, cmk.description,
+	cmk.created_at, cmk.delete_at, cmk.kcv, cmk.material_id, cmk.check_value_algorithm, cmk.check_value,
+	cmk.material, cmk.expire_at, cmk.wrapping_algorithm, cmk.pair_id, cmk.pair_fingerprint, cmk.receipt, cmk.mac`
+
+const (
+	insertKeyQuery = `INSERT INTO cmk (key_id, key_version_id, revision, spec, state, description,
+	created_at, delete_at, kcv, material_id, check_value_algorithm, check_value,
+	material, expire_at, wrapping_algorithm, pair_id, pair_fingerprint, receipt, mac, due_at)
+	VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)`
+	updateKeyQuery = `UPDATE cmk SET key_version_id = $2, revision = $3, spec = $4, state = $5, description = $6,
+	created_at = $7, delete_at = $8, kcv = $9, material_id = $10, check_value_algorithm = $11, check_value = $12,
+	material = $13, expire_at = $14, wrapping_algorithm = $15, pair_id = $16, pair_fingerprint = $17, receipt = $18,
+	mac = $19, due_at = $20
+	WHERE key_id = $1 AND revision = $3 - 1`
+	keyQuery          = `SELECT ` + keyColumns + ` FROM cmk WHERE key_id = $1`
+	keyByVersionQuery = `SELECT ` + keyColumns + ` FROM cmk WHERE key_version_id = $1`
+	deleteKeyQuery    = `DELETE FROM cmk WHERE key_id = $1 AND revision = $2`
+	keyExistsQuery    = `SELECT EXISTS (SELECT 1 FROM cmk WHERE key_id = $1)`
+	dueKeysQuery      = `SELECT ` + keyColumns + ` FROM cmk WHERE due_at <= $1 ORDER BY due_at, key_id LIMIT $2`
+)
+
+// keyValues are the values of a row of table cmk: keyColumns and due_at.
+func keyValues(k *store.Key) []any {
+	return []any{
+		k.KeyID, k.KeyVersionID, k.Revision, k.Spec, k.State, []byte(k.Description),
+		seconds(k.CreatedAt), seconds(k.DeleteAt), k.KCV, k.MaterialID, k.CheckValueAlgorithm, k.CheckValue,
+		k.Material, seconds(k.ExpireAt), k.WrappingAlgorithm, k.PairID, k.PairFingerprint, k.Receipt, k.MAC,
+		seconds(due(k)),
+	}
+}
+
+// keyTargets are where a row of keyColumns is scanned to.
+func keyTargets(k *store.Key) []any {
+	return []any{
+		&k.KeyID, &k.KeyVersionID, &k.Revision, &k.Spec, &k.State, (*utf8Bytes)(&k.Description),
+		(*instant)(&k.CreatedAt), (*instant)(&k.DeleteAt), &k.KCV, &k.MaterialID, &k.CheckValueAlgorithm, &k.CheckValue,
+		&k.Material, (*instant)(&k.ExpireAt), &k.WrappingAlgorithm, &k.PairID, &k.PairFingerprint, &k.Receipt, &k.MAC,
+	}
+}
+
+// due is when DueKeys begins to return the row; zero: never.
+func due(k *store.Key) time.Time {
+	at := k.DeleteAt
+	if k.Material != nil && !k.ExpireAt.IsZero() && (at.IsZero() || k.ExpireAt.Before(at)) {
+		at = k.ExpireAt
+	}
+	return at
+}
+
+// collectKeys scans rows of keyColumns.
+func collectKeys(rows pgx.Rows) ([]store.Key, error) {
+	return pgx.AppendRows([]store.Key(nil), rows, func(row pgx.CollectableRow) (key store.Key, err error) {
+		err = row.Scan(keyTargets(&key)...)
+		return key, err
+	})
+}
+
+// CreateKey implements store.Store.
+func (s *Store) CreateKey(ctx context.Context, key store.Key) error {
+	if key.Revision != 1 {
+		return fmt.Errorf("postgres: a new key has revision 1, not %d", key.Revision)
+	}
+	return s.write(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
+		_, err := c.Exec(ctx, insertKeyQuery, keyValues(&key)...)
+		return err
+	})
+}
+
+// Key implements store.Store.
+func (s *Store) Key(ctx context.Context, keyID string) (store.Key, error) {
+	return s.oneKey(ctx, keyQuery, keyID)
+}
+
+// KeyByVersion implements store.Store.
+func (s *Store) KeyByVersion(ctx context.Context, versionID string) (store.Key, error) {
+	return s.oneKey(ctx, keyByVersionQuery, versionID)
+}
+
+func (s *Store) oneKey(ctx context.Context, query, id string) (key store.Key, err error) {
+	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
+		key = store.Key{}
+		err := c.QueryRow(ctx, query, id).Scan(keyTargets(&key)...)
+		if errors.Is(err, pgx.ErrNoRows) {
+			err = fmt.Errorf("key %q: %w", id, store.ErrNotFound)
+		}
+		return err
+	})
+	return key, err
+}
+
+// UpdateKey implements store.Store.
+func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
+	return s.change(ctx, update.Key.KeyID, updateKeyQuery, keyValues(&update.Key), update.Receipt)
+}
+
+// DeleteKey implements store.Store.
+func (s *Store) DeleteKey(ctx context.Context, deletion store.Deletion) error {
+	return s.change(ctx, deletion.KeyID, deleteKeyQuery, []any{deletion.KeyID, deletion.Revision}, deletion.Receipt)
+}
+
+// change has one statement change the row of a key, if its revision is the
+// right one, and add what goes with it.
+func (s *Store) change(ctx context.Context, keyID, query string, args []any, receipt *store.Receipt) error {
+	if receipt != nil {
+		query, args = withReceipt(query, args, receipt)
+	}
+	return s.write(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
+		changed, err := c.Exec(ctx, query, args...)
+		if err != nil || changed.RowsAffected() == 1 {
+			return err
+		}
+		return unchanged(ctx, c, keyID)
+	})
+}
+
+// unchanged says why no row was changed: it is another revision, or none.
+func unchanged(ctx context.Context, c *pgxpool.Conn, keyID string) error {
+	var found bool
+	err := c.QueryRow(ctx, keyExistsQuery, keyID).Scan(&found)
+	switch {
+	case err != nil:
+		return err
+	case found:
+		return fmt.Errorf("key %q: %w", keyID, store.ErrConflict)
+	default:
+		return fmt.Errorf("key %q: %w", keyID, store.ErrNotFound)
+	}
+}
+
+// DueKeys implements store.Store.
+func (s *Store) DueKeys(ctx context.Context, now time.Time, limit int) (keys []store.Key, err error) {
+	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
+		rows, err := c.Query(ctx, dueKeysQuery, now.Unix(), max(limit, 0))
+		if err == nil {
+			keys, err = collectKeys(rows)
+		}
+		return err
+	})
+	return keys, err
+}

@@ -1,0 +1,226 @@
+// Package postgres is the store for several nodes: a PostgreSQL database, or a
+// cluster that speaks its protocol and takes its SQL, such as CockroachDB.
+//
+// Start with Migrate, which makes the tables, and Open, which checks that they
+// are there. Any number of Stores, in any number of processes, work on one
+// database at a time; what keeps them apart is in the statements themselves,
+// and no lock is held for longer than a transaction.
+//
+// A write is durable when its method returns nil, as far as the server's
+// settings go: Open turns synchronous_commit on where it is off, and warns of
+// fsync=off. A write whose connection was lost between its being sent and its
+// being answered ends in store.ErrUnavailable and may have taken effect. It is
+// never repeated. What the server itself has rolled back, because transactions
+// met, is repeated until the time is up; so are reads that lost their
+// connection.
+//
+// A call whose context has ended waits a moment longer for the server to
+// finish the statement that is under way, so that it is settled when the call
+// returns; a server that does not answer is given up soon after.
+//
+// PostgreSQL keeps old versions of rows until it vacuums them, and in its
+// write-ahead log, replicas and backups for longer. Deleted key material is in
+// there, sealed, and opens only in the token.
+package postgres
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgconn/ctxwatch"
+	"github.com/jackc/pgx/v5/pgxpool"
+
+	"github.com/keyferry/keyferry/engine/store"
+)
+
+// Config says where the database is. Only DSN is required.
+type Config struct {
+	// DSN is a connection string of libpq, as a URL or as a list of keywords
+	// and values. It may hold the password, or name a passfile. Of several
+	// hosts the one that takes writes is used.
+	DSN string
+	// Password is used where it is not empty, instead of one in DSN.
+	Password string
+	// AllowInsecure permits a connection over a network on which the server
+	// does not prove who it is, by TLS with sslmode=verify-full or verify-ca.
+	// Whoever is on that network can then answer for the database.
+	AllowInsecure bool
+	// Connections is how many there are at most. 0: 16.
+	Connections int
+	// Timeout bounds every call, beyond its context, after which it fails with
+	// store.ErrUnavailable. 0: ten seconds.
+	Timeout time.Duration
+	// Logger gets a line for each migration and warnings. Nil: none.
+	Logger *slog.Logger
+}
+
+func (c *Config) timeout() time.Duration { return cmp.Or(c.Timeout, 10*time.Second) }
+
+func (c *Config) logger() *slog.Logger {
+	return cmp.Or(c.Logger, slog.New(slog.DiscardHandler))
+}
+
+// How long a call goes on after its context has ended: so long it waits for
+// the statement under way, then it asks the server to cancel that, and then it
+// gives the connection up.
+const (
+	cancelDelay = 200 * time.Millisecond
+	giveUpDelay = time.Second
+)
+
+// connConfig reads the DSN, or returns everything that is wrong with the
+// configuration. No error shows the password.
+func (c *Config) connConfig() (*pgxpool.Config, error) {
+	var errs []error
+	if c.DSN == "" {
+		errs = append(errs, errors.New("postgres: Config.DSN is empty"))
+	}
+	if c.Connections < 0 {
+		errs = append(errs, errors.New("postgres: Config.Connections is negative"))
+	}
+	if c.Timeout < 0 {
+		errs = append(errs, errors.New("postgres: Config.Timeout is negative"))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	cfg, err := pgxpool.ParseConfig(c.DSN)
+	if err != nil {
+		// The error quotes the DSN, and not every spelling of a password in it
+		// is recognised.
+		return nil, errors.New("postgres: the DSN is not a connection string of PostgreSQL, or names a certificate, passfile or service that cannot be read")
+	}
+	if c.Password != "" {
+		cfg.ConnConfig.Password = c.Password
+	}
+	if !c.AllowInsecure {
+		if err := requireVerified(cfg.ConnConfig); err != nil {
+			return nil, err
+		}
+	}
+	cfg.MaxConns = int32(cmp.Or(c.Connections, 16))
+	cfg.PingTimeout = time.Second
+	cfg.ConnConfig.ConnectTimeout = cmp.Or(cfg.ConnConfig.ConnectTimeout, c.timeout()/2)
+	if cfg.ConnConfig.RuntimeParams["application_name"] == "" {
+		cfg.ConnConfig.RuntimeParams["application_name"] = "keyferry"
+	}
+	if cfg.ConnConfig.ValidateConnect == nil {
+		cfg.ConnConfig.ValidateConnect = pgconn.ValidateConnectTargetSessionAttrsReadWrite
+	}
+	cfg.ConnConfig.BuildContextWatcherHandler = func(conn *pgconn.PgConn) ctxwatch.Handler {
+		return &pgconn.CancelRequestContextWatcherHandler{Conn: conn, CancelRequestDelay: cancelDelay, DeadlineDelay: giveUpDelay}
+	}
+	cfg.AfterConnect = c.prepareSession
+	return cfg, nil
+}
+
+// prepareSession sets what a session must have, whatever the server, the
+// database or the role say. The server ends by itself what its client has
+// abandoned, so that a node that was cut off holds no lock for long.
+func (c *Config) prepareSession(ctx context.Context, conn *pgx.Conn) error {
+	limit := fmt.Sprintf("%dms", (c.timeout() + giveUpDelay).Milliseconds())
+	_, err := conn.Exec(ctx, `SELECT set_config('statement_timeout', $1, false),
+		set_config('idle_in_transaction_session_timeout', $1, false),
+		set_config('synchronous_commit', CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on'
+			ELSE current_setting('synchronous_commit') END, false)`, limit)
+	return err
+}
+
+// requireVerified refuses a connection over a network whose other end may be
+// anybody. A socket file and the loopback interface are no network.
+func requireVerified(cfg *pgx.ConnConfig) error {
+	ends := []*pgconn.FallbackConfig{{Host: cfg.Host, TLSConfig: cfg.TLSConfig}}
+	for _, end := range append(ends, cfg.Fallbacks...) {
+		ip := net.ParseIP(end.Host)
+		if strings.HasPrefix(end.Host, "/") || end.Host == "localhost" || ip != nil && ip.IsLoopback() {
+			continue
+		}
+		verified := end.TLSConfig != nil &&
+			(!end.TLSConfig.InsecureSkipVerify || end.TLSConfig.VerifyPeerCertificate != nil || end.TLSConfig.VerifyConnection != nil)
+		if !verified {
+			return fmt.Errorf("postgres: the connection to %s would not prove that it is the database: "+
+				"set sslmode=verify-full, and sslrootcert, in the DSN", end.Host)
+		}
+	}
+	return nil
+}
+
+// Store is a store.Store in a PostgreSQL database.
+type Store struct {
+	pool     *pgxpool.Pool
+	timeout  time.Duration
+	log      *slog.Logger
+	instance string
+	nonces   *nonceWriter
+	closed   atomic.Bool
+}
+
+var _ store.Store = (*Store)(nil)
+
+// Open connects to a database that Migrate has made. It fails if the schema is
+// not that of this program. The context bounds opening only.
+func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
+	poolConfig, err := cfg.connConfig()
+	if err != nil {
+		return nil, err
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	pool, err := pgxpool.NewWithConfig(ctx, poolConfig)
+	if err != nil {
+		return nil, fmt.Errorf("postgres: %w", err)
+	}
+	s := &Store{pool: pool, timeout: cfg.timeout(), log: cfg.logger()}
+	s.nonces = newNonceWriter(s)
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.Close())
+		}
+	}()
+	if err := s.checkSchema(ctx); err != nil {
+		return nil, err
+	}
+	if err := s.checkServer(ctx); err != nil {
+		return nil, err
+	}
+	s.instance, err = s.readInstance(ctx)
+	return s, err
+}
+
+// checkServer looks for settings under which nothing here can keep its word.
+func (s *Store) checkServer(ctx context.Context) error {
+	var encoding, fsync string
+	err := s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
+		return c.QueryRow(ctx, `SELECT current_setting('server_encoding'), COALESCE(current_setting('fsync', true), 'on')`).
+			Scan(&encoding, &fsync)
+	})
+	if err != nil {
+		return err
+	}
+	if encoding != "UTF8" {
+		return fmt.Errorf("postgres: the database has the encoding %s: make one with UTF8", encoding)
+	}
+	if fsync == "off" {
+		s.log.LogAttrs(ctx, slog.LevelWarn, "the database server runs with fsync=off: what it acknowledges does not survive a crash")
+	}
+	return nil
+}
+
+// Close ends the calls under way and closes the connections. Later calls fail;
+// Close itself does nothing the second time.
+func (s *Store) Close() error {
+	s.nonces.close()
+	s.closed.Store(true)
+	s.pool.Close()
+	return nil
+}
