@@ -72,3 +72,24 @@ func AdoptPairForTest(ctx context.Context, t *Token, key *rsa.PrivateKey, alg Al
 	c.pairs.Store(p.ID, p)
 	return p.PairInfo, nil
 }
+
+// ForgetFlapsForTest has the next loss of a token taken for the first.
+func ForgetFlapsForTest(t *Token) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.flap = 0
+}
+
+// ForgetPairsForTest has pairs searched for in the token again.
+func ForgetPairsForTest(t *Token) {
+	if c := t.conn.Load(); c != nil {
+		c.pairs.Clear()
+	}
+}
+
+// LoseForTest has the token opened anew.
+func LoseForTest(t *Token) {
+	if c := t.conn.Load(); c != nil {
+		t.lost(c, errConnectionLost)
+	}
+}

@@ -137,14 +137,15 @@ type Token struct {
 	mu     sync.Mutex    // guards what follows
 	back   chan struct{} // closed when conn or end is set; made anew when conn is lost
 	away   error         // why there is no connection, while there is none
+	flap   time.Duration // the pause before a token that dies young is opened again
 	end    error         // why there will never be a connection again
 	closed chan struct{}
 	wg     sync.WaitGroup
 	ending atomic.Int32 // lost connections with calls under way
 
-	// Of whoever opens the token, one goroutine at a time.
-	doubts int           // logins in a row that were refused without a reason
-	flap   time.Duration // the pause before the next attempt, of a token that dies young
+	// doubts counts logins in a row that were refused without a reason. It is of
+	// whoever opens the token, one goroutine at a time.
+	doubts int
 }
 
 // Open opens the token, logs in once, and proves by known answers what it can

@@ -79,15 +79,19 @@ func (c *connection) admit(s *session, p *pair, req ImportRequest) (Imported, er
 			return Imported{}, err
 		}
 		return Imported{}, fmt.Errorf("%w: %w", p11.SessionClosed, err)
-	case worst(err) > p11.NoFault || isKind(err):
+	case !inputMayCause(err):
 		return Imported{}, err
 	}
-	// The blob is at fault, or the token is: let the token show that it can.
+	// The blob is at fault, or the token is: let the token show that it can,
+	// and then repeat what it said.
 	if sick := c.knownAnswer(s.Session, p); sick != nil {
 		if worst(sick) > p11.NoFault {
 			return Imported{}, sick
 		}
 		return Imported{}, fmt.Errorf("%w: the token fails a known answer: %w", p11.DeviceError, sick)
+	}
+	if out, err = c.unwrapMeasureSeal(s, p, req); err == nil || !inputMayCause(err) {
+		return out, err
 	}
 	return Imported{}, ErrInvalidMaterial
 }
@@ -106,7 +110,8 @@ func (c *connection) unwrapMeasureSeal(s *session, p *pair, req ImportRequest) (
 	key, err := s.Unwrap(params, p.handle, wrapped, c.measured)
 	if err != nil {
 		// Reasons that are none may hide that it took effect.
-		s.spoilt = errors.Is(err, p11.GeneralError) || errors.Is(err, p11.FunctionFailed)
+		_, unwell := failed(err)
+		s.spoilt = s.spoilt || unwell
 		return Imported{}, err
 	}
 	defer func() {

@@ -193,22 +193,26 @@ func (k *Key) Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte,
 				clear(room)
 			}
 		}()
-		written, err := s.Decrypt(p11.GCM(k.cipher.gcm, iv, aad), k.handle, body, room)
-		if err == nil {
-			if len(written) != len(plain) {
+		decrypt := func() error {
+			written, err := s.Decrypt(p11.GCM(k.cipher.gcm, iv, aad), k.handle, body, room)
+			if err == nil && len(written) != len(plain) {
 				return fmt.Errorf("hsm: the token's GCM wrote %d bytes, not %d", len(written), len(plain))
 			}
-			return nil
+			return err
 		}
-		if worst(err) != p11.NoFault {
+		if err = decrypt(); err == nil || !inputMayCause(err) {
 			return err
 		}
 		// The ciphertext is at fault, or the token is: it encrypts a block
-		// that GCM never encrypts, for its last bytes exceed every counter.
+		// that GCM never encrypts, for its last bytes exceed every counter,
+		// and then repeats what it said.
 		var block [16]byte
 		defer clear(block[:])
 		if _, sick := s.Encrypt(p11.Plain(k.cipher.ecb), k.handle, publicConstant[:16], block[:]); sick != nil {
 			return fmt.Errorf("%w: %w", p11.DeviceError, sick)
+		}
+		if err = decrypt(); err == nil || !inputMayCause(err) {
+			return err
 		}
 		return ErrAuthentication
 	})

@@ -73,13 +73,7 @@ func (t *Token) reopen(old *connection) {
 	if !t.awaitCalls(old) {
 		return
 	}
-	var wait time.Duration
-	if time.Since(old.born) < lastWait {
-		wait = t.flap
-		t.flap = min(max(2*t.flap, firstWait), lastWait)
-	} else {
-		t.flap = 0
-	}
+	wait := t.pause(old)
 	for again := false; t.rest(wait); again = true {
 		// A module that lost its token may need to be told to look again. None
 		// is finalised while a call is under way in it.
@@ -95,6 +89,20 @@ func (t *Token) reopen(old *connection) {
 		}
 		t.log.Warn("token is still away", "token", t.cfg.Label, "cause", err, "next_attempt_in", wait)
 	}
+}
+
+// pause is how long a token that was lost young is left alone before it is
+// opened again.
+func (t *Token) pause(old *connection) (wait time.Duration) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if time.Since(old.born) >= lastWait {
+		t.flap = 0
+		return 0
+	}
+	wait = t.flap
+	t.flap = min(max(2*t.flap, firstWait), lastWait)
+	return wait
 }
 
 // settle takes the result of one attempt to open a lost token, and reports
@@ -248,6 +256,13 @@ func failed(err error) (failed, unwell bool) {
 		unwell = unwell || rv.Doubtful() || rv.Fault() >= p11.SessionFault
 	})
 	return failed, unwell
+}
+
+// inputMayCause reports whether a customer's input may be all that is wrong.
+func inputMayCause(err error) bool {
+	may := !isKind(err)
+	values(err, func(rv p11.RV) { may = may && (rv.Doubtful() || rv.Fault() == p11.NoFault) })
+	return may
 }
 
 // values calls f with every return value in the tree of err.

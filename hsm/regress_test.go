@@ -90,7 +90,7 @@ func TestUnwrapThatTookEffect(t *testing.T) {
 	for range 5 {
 		tap.Inject(hsmtest.Fault{Call: "C_UnwrapKey", RV: pkcs11.CKR_GENERAL_ERROR, TookEffect: true})
 		_, err := b.token.Import(context.Background(), req)
-		require.Equal(t, hsm.ErrInvalidMaterial, err)
+		require.NoError(t, err, "it does not fail again")
 	}
 	require.Equal(t, 5, tap.Heal())
 	p, s := user(t, b.soft)

@@ -27,6 +27,7 @@ type Tap struct {
 	faults []*Fault
 	log    []string
 	holds  map[string]func()
+	open   int
 }
 
 // Fault is a failure of one call. There are two kinds: a call that did nothing
@@ -100,6 +101,14 @@ func (t *Tap) Hold(fn string, f func()) {
 	t.holds[fn] = f
 }
 
+// Sessions is how many sessions are open of those that were opened since On, by
+// what the token answered, and not by what it was reported to.
+func (t *Tap) Sessions() int {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.open
+}
+
 // Calls returns how often each function was called since the last Reset.
 func (t *Tap) Calls() map[string]int {
 	t.mu.Lock()
@@ -151,6 +160,15 @@ func (t *Tap) Before(fn p11.Func) p11.RV {
 func (t *Tap) After(fn p11.Func, rv p11.RV) p11.RV {
 	t.mu.Lock()
 	defer t.mu.Unlock()
+	switch {
+	case rv != p11.OK:
+	case fn == "C_OpenSession":
+		t.open++
+	case fn == "C_CloseSession":
+		t.open--
+	case fn == "C_Finalize":
+		t.open = 0
+	}
 	for _, f := range t.faults {
 		if f.interrupted && (f.Call == "" || f.Call == string(fn)) {
 			f.interrupted = false

@@ -119,11 +119,17 @@ const (
 	PINFault                  // the PIN was refused; trying again may lock the token
 )
 
-// Doubtful reports whether rv gives no reason: the input may be at fault, or
-// the token.
+// Doubtful reports whether rv gives no reason that tells the input's fault from
+// the token's.
 func (rv RV) Doubtful() bool {
+	switch rv {
+	case OK:
+		return false
+	case GeneralError, FunctionFailed, DeviceError, DeviceMemory, HostMemory:
+		return true
+	}
 	_, known := rvNames[rv]
-	return rv == GeneralError || rv == FunctionFailed || !known && rv != OK
+	return !known
 }
 
 // Fault classifies rv. GENERAL_ERROR and FUNCTION_FAILED are NoFault: tokens

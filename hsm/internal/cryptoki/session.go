@@ -64,9 +64,18 @@ func (m *Module) OpenSession(slot uint) (*Session, error) {
 	return s, nil
 }
 
-// Close ends the session and destroys its session objects.
+// Close ends the session and destroys its session objects. It is tried twice: a
+// session that stays open is lost to everybody.
 func (s *Session) Close() error {
-	return s.m.call("C_CloseSession", func() error { return s.m.ctx.CloseSession(s.h) })
+	end := func() error { return s.m.call("C_CloseSession", func() error { return s.m.ctx.CloseSession(s.h) }) }
+	if end() == nil {
+		return nil
+	}
+	err := end()
+	if errors.Is(err, SessionHandleInvalid) {
+		return nil
+	}
+	return err
 }
 
 // LoggedIn reports whether the normal user is logged in.
