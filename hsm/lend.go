@@ -99,7 +99,7 @@ func (c *connection) lend(place *p11.Session, f func(s *session) error) (s *sess
 				return nil, errShrunk
 			}
 			c.examine(err)
-			return nil, err
+			return nil, fmt.Errorf("%w: cannot open a session: %w", p11.SessionClosed, err)
 		}
 	}
 	s = &session{Session: place}

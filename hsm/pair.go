@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -230,11 +231,13 @@ func (c *connection) pair(ctx context.Context, s *p11.Session, id PairID) (*pair
 
 // searchPair finds the one object of that CKA_ID that is ours.
 func (c *connection) searchPair(s *p11.Session, id PairID) (*pair, error) {
-	handles, err := s.FindObjects(pairTemplate(p11.ClassPrivateKey, id))
+	tmpl := pairTemplate(p11.ClassPrivateKey, id)
+	handles, err := s.FindObjects(tmpl)
 	if err != nil {
 		return nil, err
 	}
 	var found []*pair
+	var gone []p11.Handle
 	var refused error
 	for _, h := range handles {
 		p, err := c.verifyPair(s, h, id)
@@ -243,7 +246,8 @@ func (c *connection) searchPair(s *p11.Session, id PairID) (*pair, error) {
 			found = append(found, p)
 		case errors.Is(err, ErrUntrusted):
 			refused = err
-		case worst(err) == p11.HandleFault: // destroyed since it was found
+		case worst(err) == p11.HandleFault:
+			gone = append(gone, h)
 		default:
 			return nil, err
 		}
@@ -256,10 +260,24 @@ func (c *connection) searchPair(s *p11.Session, id PairID) (*pair, error) {
 	case refused != nil:
 		return nil, fmt.Errorf("wrapping pair %s: %w", id, refused)
 	}
-	if err := c.absent(s); err != nil {
+	if err := errors.Join(vanished(s, tmpl, gone), c.absent(s)); err != nil {
 		return nil, err
 	}
 	return nil, ErrPairNotFound
+}
+
+// vanished makes sure that objects, which were found and then not known, have
+// been destroyed in between: then they are not found again. The error is one
+// for do.
+func vanished(s *p11.Session, tmpl *p11.Template, gone []p11.Handle) error {
+	if len(gone) == 0 {
+		return nil
+	}
+	again, err := s.FindObjects(tmpl)
+	if err == nil && slices.ContainsFunc(again, func(h p11.Handle) bool { return slices.Contains(gone, h) }) {
+		err = fmt.Errorf("%w: the token finds an object and does not know it", p11.SessionClosed)
+	}
+	return err
 }
 
 func pairTemplate(class uint64, id PairID) *p11.Template {
@@ -316,19 +334,22 @@ func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error)
 	var out []TokenPair
 	err := t.do(ctx, "list the wrapping pairs", func(c *connection, s *session) error {
 		out = nil
-		handles, err := s.FindObjects(p11.NewTemplate(
+		tmpl := p11.NewTemplate(
 			p11.ULong(p11.Class, p11.ClassPrivateKey),
 			p11.Bool(p11.OnToken, true),
 			p11.Bool(p11.Private, true), // anyone can make one that is not
 			p11.Bool(p11.Unwrap, true),
-		))
+		)
+		handles, err := s.FindObjects(tmpl)
 		if err != nil {
 			return err
 		}
+		var gone []p11.Handle
 		for _, h := range handles {
 			values, err := s.Attributes(h, p11.ID, p11.Label)
 			if worst(err) == p11.HandleFault {
-				continue // destroyed since it was found
+				gone = append(gone, h)
+				continue
 			}
 			if err != nil {
 				return err
@@ -338,7 +359,7 @@ func (t *Token) Pairs(ctx context.Context, instance string) ([]TokenPair, error)
 				out = append(out, TokenPair{ID: PairID(id), CreatedAt: label.made})
 			}
 		}
-		return c.absent(s.Session) // those that are not in the list
+		return errors.Join(vanished(s.Session, tmpl, gone), c.absent(s.Session))
 	})
 	if err != nil {
 		return nil, err
