@@ -481,7 +481,7 @@ func (w *wiretap) run(t *testing.T) {
 		}
 	})
 	w.strangers(t)
-	w.snapshot(t)
+	w.snapshotFiles(t)
 	owners[0].expires(t)
 	w.secrets = append(w.secrets, lootOf(t, w.module, w.dir, w.file("user-pin"))...)
 
@@ -572,7 +572,7 @@ func (w *wiretap) requireFound(t *testing.T, scan *scanner) {
 	t.Helper()
 	canaries := map[kind]*secret{}
 	for _, s := range w.secrets {
-		if len(s.value) >= 2*fragmentBase64 {
+		if len(s.value) >= 2*fragment {
 			canaries[s.kind] = s
 		}
 	}
