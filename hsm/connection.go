@@ -23,18 +23,19 @@ type connection struct {
 	slot uint
 	caps *capabilities
 
-	sm       sm
-	vaults   map[MaterialSpec]*vault // never changed once made
-	mac      p11.Handle
-	measured *p11.Template
-	pairs    sync.Map          // PairID → *pair
-	places   chan *p11.Session // the pool: a session, or nil for one not opened yet
-	keepers  chan *p11.Session
-	kept     int           // keepers that were opened
-	born     time.Time     // when it was complete
-	gone     chan struct{} // closed when the connection is lost or closed
-	idle     chan struct{} // closed when the last of its calls has returned
-	left     atomic.Int32  // calls under way that nobody waits for any more
+	sm        sm
+	vaults    map[MaterialSpec]*vault // never changed once made
+	mac       p11.Handle
+	measured  *p11.Template
+	pairs     sync.Map          // PairID → *pair
+	residents sync.Map          // ObjectID → *verifiedResident
+	places    chan *p11.Session // the pool: a session, or nil for one not opened yet
+	keepers   chan *p11.Session
+	kept      int           // keepers that were opened
+	born      time.Time     // when it was complete
+	gone      chan struct{} // closed when the connection is lost or closed
+	idle      chan struct{} // closed when the last of its calls has returned
+	left      atomic.Int32  // calls under way that nobody waits for any more
 
 	mu   sync.Mutex // guards size, and the closing of gone
 	size int        // of the pool

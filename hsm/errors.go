@@ -40,6 +40,12 @@ var (
 	// material is not lost: open it again.
 	ErrKeyLost = errors.New("hsm: key handle is gone")
 
+	// ErrMaterialGone: the token has no object of that resident material.
+	ErrMaterialGone = errors.New("hsm: resident key material is not on the token")
+
+	// ErrFull: the token has no memory left for another object.
+	ErrFull = errors.New("hsm: token is full")
+
 	// ErrAuthentication: a ciphertext, its nonce, its tag or its associated
 	// data is not what was encrypted.
 	ErrAuthentication = errors.New("hsm: message authentication failed")

@@ -15,6 +15,9 @@ import (
 // PKCS#11: the bare loop of the benchmarks, and thieves.
 func MeasuredForTest() []*pkcs11.Attribute { return foreign(measured()) }
 
+// ResidentForTest is the template of resident material, likewise.
+func ResidentForTest() []*pkcs11.Attribute { return foreign(resident()) }
+
 // OpenedForTest is the template of opened blobs, likewise.
 func OpenedForTest() []*pkcs11.Attribute { return foreign(opened(aesNumbers, false)) }
 

@@ -53,10 +53,10 @@ func (t *Token) Import(ctx context.Context, req ImportRequest) (Imported, error)
 		if err != nil {
 			return err
 		}
-		if p.Algorithm != req.Algorithm {
-			return fmt.Errorf("%w: the pair is not for %s", ErrUnsupported, req.Algorithm)
+		if err := p.isFor(Sealed, req.Algorithm); err != nil {
+			return err
 		}
-		out, err = c.admit(s, p, req)
+		out, err = c.admit(s, p, func() (Imported, error) { return c.unwrapMeasureSeal(s, p, req) })
 		return err
 	})
 	if err != nil {
@@ -67,8 +67,8 @@ func (t *Token) Import(ctx context.Context, req ImportRequest) (Imported, error)
 
 // admit runs one import. Its errors are those of do, and errRefused turned
 // into ErrInvalidMaterial once the token has proved itself healthy.
-func (c *connection) admit(s *session, p *pair, req ImportRequest) (Imported, error) {
-	out, err := c.unwrapMeasureSeal(s, p, req)
+func (c *connection) admit(s *session, p *pair, take func() (Imported, error)) (Imported, error) {
+	out, err := take()
 	switch {
 	case err == nil:
 		return out, nil
@@ -231,7 +231,13 @@ func (c *connection) knownAnswer(s *p11.Session, p *pair) error {
 	if err != nil {
 		return err
 	}
-	key, err := s.Unwrap(params, p.handle, wrapped, c.measured)
+	tmpl := c.measured
+	if p.Custody == Resident {
+		if tmpl, err = passing(p.label); err != nil {
+			return err
+		}
+	}
+	key, err := s.Unwrap(params, p.handle, wrapped, tmpl)
 	if err != nil {
 		return err
 	}

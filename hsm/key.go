@@ -20,12 +20,13 @@ const (
 // Overhead is how many bytes longer what Encrypt appends is than the plaintext.
 const Overhead = gcmIVLen + gcmTagLen
 
-// Key is open material: a session object that cannot leave the token. It is
-// safe for concurrent use.
+// Key is open material, which cannot leave the token: a session object, or the
+// token object of resident material. It is safe for concurrent use.
 type Key struct {
-	c      *connection
-	handle p11.Handle
-	cipher cipherNumbers // of AES or SM4
+	c        *connection
+	handle   p11.Handle
+	cipher   cipherNumbers // of AES or SM4
+	resident *ObjectID     // nil: sealed material, whose object is the Key's
 
 	mu      sync.Mutex    // guards what follows
 	users   int           // calls that use the handle, waited for or not
@@ -240,6 +241,9 @@ func (k *Key) use(ctx context.Context, op string, f func(s *session) error) erro
 		_, unwell := failed(err)
 		switch {
 		case errors.Is(err, errConnectionLost), w == p11.HandleFault, unwell && k.c.dead():
+			if k.resident != nil {
+				k.c.residents.Delete(*k.resident)
+			}
 			return fmt.Errorf("%w: %w", ErrKeyLost, err)
 		case !unwell:
 			return fault(op, err)
@@ -251,9 +255,10 @@ func (k *Key) use(ctx context.Context, op string, f func(s *session) error) erro
 // closePatience bounds how long Close waits for the token.
 const closePatience = 10 * time.Second
 
-// Close waits for uses under way and destroys the session object. It is
-// idempotent. ErrUnavailable: the token does not answer, and the object goes
-// when it does, or does not destroy it, and the object goes with its connection.
+// Close waits for uses under way and destroys the session object; the object of
+// resident material stays. It is idempotent. ErrUnavailable: the token does not
+// answer, and the object goes when it does, or does not destroy it, and the
+// object goes with its connection.
 func (k *Key) Close() error {
 	k.mu.Lock()
 	if !k.closing {
@@ -277,6 +282,9 @@ func (k *Key) Close() error {
 func (k *Key) destroy() {
 	defer close(k.closed)
 	<-k.unused
+	if k.resident != nil {
+		return
+	}
 	var err error
 	for range attempts {
 		err = k.c.with(context.Background(), func(s *session) error { return s.DestroyObject(k.handle) })

@@ -292,6 +292,7 @@ func fault(op string, err error) error {
 
 var kinds = []error{
 	ErrInvalidMaterial, ErrUnavailable, ErrPIN, ErrUnsupported, ErrPairNotFound, ErrUntrusted, ErrKeyLost, ErrAuthentication, ErrClosed,
+	ErrMaterialGone, ErrFull,
 }
 
 func isKind(err error) bool {

@@ -61,9 +61,14 @@ func newSM2Pair(t testing.TB, token *hsm.Token) (hsm.PairInfo, *ecdsa.PublicKey)
 	t.Helper()
 	info, err := token.GeneratePair(context.Background(), instance, time.Now(), hsm.ECSM2, hsm.SM2PKE)
 	require.NoError(t, err)
-	pub, err := smx509.ParsePKIXPublicKey(info.SPKI)
+	return info, parseSM2(t, info.SPKI)
+}
+
+func parseSM2(t testing.TB, spki []byte) *ecdsa.PublicKey {
+	t.Helper()
+	pub, err := smx509.ParsePKIXPublicKey(spki)
 	require.NoError(t, err)
-	return info, pub.(*ecdsa.PublicKey)
+	return pub.(*ecdsa.PublicKey)
 }
 
 func open(t testing.TB, cfg hsm.Config) *hsm.Token {

@@ -30,9 +30,26 @@ func (s MaterialSpec) Len() int {
 // Custody is how a token keeps material between uses.
 type Custody byte
 
-// Sealed material is kept outside the token as a blob wrapped under a vault
-// key of the token, and exists in the token only while it is used.
-const Sealed Custody = 1
+// The custodies.
+const (
+	// Sealed material is kept outside the token as a blob wrapped under a vault
+	// key of the token, and exists in the token only while it is used.
+	Sealed Custody = 1
+	// Resident material is an object of the token for as long as it lives, and
+	// was never extractable there; see ImportResident.
+	Resident Custody = 2
+)
+
+// String is the custody's name.
+func (c Custody) String() string {
+	switch c {
+	case Sealed:
+		return "sealed"
+	case Resident:
+		return "resident"
+	}
+	return fmt.Sprintf("custody %d", byte(c))
+}
 
 // Material is key material in the token's custody, in the form that is stored.
 // It is no secret by itself: without the token that made it, it opens nothing.
@@ -40,8 +57,8 @@ const Sealed Custody = 1
 type Material struct {
 	Custody Custody
 	Spec    MaterialSpec
-	Vault   Fingerprint // of the vault key that opens it
-	Ref     []byte      // sealed: the RFC 3394 blob, 8 bytes longer than the material
+	Vault   Fingerprint // sealed: of the vault key that opens it
+	Ref     []byte      // sealed: the RFC 3394 blob, 8 bytes longer than the material; resident: the ObjectID
 }
 
 // materialVersion is the first byte of an encoded Material.
@@ -72,10 +89,11 @@ func (m *Material) UnmarshalBinary(data []byte) error {
 		return fmt.Errorf("hsm: material record of version %d is not understood", data[0])
 	}
 	spec, ok := materialSpecs[data[2]]
-	if !ok || Custody(data[1]) != Sealed {
+	custody := Custody(data[1])
+	if !ok || custody != Sealed && (custody != Resident || len(data) != head+len(ObjectID{})) {
 		return fmt.Errorf("hsm: material record with custody %d and spec %d is not understood", data[1], data[2])
 	}
-	*m = Material{Custody: Custody(data[1]), Spec: spec, Ref: bytes.Clone(data[head:])}
+	*m = Material{Custody: custody, Spec: spec, Ref: bytes.Clone(data[head:])}
 	copy(m.Vault[:], data[3:])
 	return nil
 }

@@ -32,6 +32,7 @@ type PairInfo struct {
 	ID          PairID
 	Spec        PairSpec
 	Algorithm   Algorithm
+	Custody     Custody     // of what is unwrapped under it
 	SPKI        []byte      // SubjectPublicKeyInfo, DER, as the private half says; do not modify
 	Fingerprint Fingerprint // SHA-256 of SPKI
 }
@@ -39,6 +40,7 @@ type PairInfo struct {
 // pair is a verified pair of one connection.
 type pair struct {
 	PairInfo
+	label  pairLabel
 	handle p11.Handle
 	rsa    *rsa.PublicKey   // of an RSA pair
 	sm2    *ecdsa.PublicKey // of an SM2 pair
@@ -80,6 +82,21 @@ type TokenPair struct {
 //
 // When an error is returned the pair may still be on the token; Pairs lists it.
 func (t *Token) GeneratePair(ctx context.Context, instance string, now time.Time, spec PairSpec, alg Algorithm) (PairInfo, error) {
+	return t.generatePair(ctx, spec, pairLabel{instance, alg, now, Sealed})
+}
+
+// GenerateResidentPair is GeneratePair for ImportResident. What is wrapped
+// under such a pair becomes resident and nothing else: so says its
+// CKA_UNWRAP_TEMPLATE.
+func (t *Token) GenerateResidentPair(ctx context.Context, instance string, now time.Time, spec PairSpec, alg Algorithm) (PairInfo, error) {
+	if err := t.Keeps(Resident, AES256); err != nil {
+		return PairInfo{}, err
+	}
+	return t.generatePair(ctx, spec, pairLabel{instance, alg, now, Resident})
+}
+
+func (t *Token) generatePair(ctx context.Context, spec PairSpec, label pairLabel) (PairInfo, error) {
+	alg := label.algorithm
 	if err := t.Offers(spec, alg); err != nil {
 		return PairInfo{}, err
 	}
@@ -90,7 +107,6 @@ func (t *Token) GeneratePair(ctx context.Context, instance string, now time.Time
 		if _, err := rand.Read(id[:]); err != nil {
 			return err
 		}
-		label := pairLabel{instance, alg, now}
 		generate := c.generateRSA
 		if alg == SM2PKE {
 			generate = c.generateSM2
@@ -122,7 +138,7 @@ func (t *Token) GeneratePair(ctx context.Context, instance string, now time.Time
 func (c *connection) generateRSA(s *p11.Session, id PairID, label pairLabel, spec PairSpec) (p11.Handle, error) {
 	pub, priv, err := s.GenerateKeyPair(p11.RSAKeyPairGen,
 		p11.NewTemplate(rsaPublic(spec.Bits())...),
-		p11.NewTemplate(wrappingPrivate(p11.KeyRSA, true, id[:], label.String(), mechanism(label.algorithm))...))
+		p11.NewTemplate(label.private(p11.KeyRSA, id, mechanism(label.algorithm))...))
 	if err != nil {
 		return 0, err
 	}
@@ -137,26 +153,44 @@ func (c *connection) generateRSA(s *p11.Session, id PairID, label pairLabel, spe
 //
 //	keyferry pair 0123456789abcdef RSAES_OAEP_SHA_1 1795445221
 //
-// It says which algorithm the pair is for where CKA_ALLOWED_MECHANISMS, which
+// and for resident material the same with " resident" behind it. It says which algorithm the pair is for where CKA_ALLOWED_MECHANISMS, which
 // knows no hashes, does not.
 type pairLabel struct {
 	instance  string
 	algorithm Algorithm
 	made      time.Time
+	custody   Custody
 }
 
 func (l pairLabel) String() string {
-	return fmt.Sprintf("%s%s %s %d", labelPair, l.instance, l.algorithm, l.made.Unix())
+	s := fmt.Sprintf("%s%s %s %d", labelPair, l.instance, l.algorithm, l.made.Unix())
+	if l.custody == Resident {
+		s += " " + Resident.String()
+	}
+	return s
+}
+
+// private is the template of the private half.
+func (l pairLabel) private(keyType uint64, id PairID, mechanisms ...p11.Mechanism) []p11.Attr {
+	unwrapped := measured()
+	if l.custody == Resident {
+		unwrapped = resident()
+	}
+	return wrappingInto(unwrapped, keyType, true, id[:], l.String(), mechanisms...)
 }
 
 func parsePairLabel(label []byte) (l pairLabel, ok bool) {
 	rest, ok := strings.CutPrefix(string(label), labelPair)
 	fields := strings.Split(rest, " ")
+	custody := Sealed
+	if len(fields) == 4 && fields[3] == Resident.String() {
+		custody, fields = Resident, fields[:3]
+	}
 	if !ok || len(fields) != 3 {
 		return l, false
 	}
 	unix, err := strconv.ParseInt(fields[2], 10, 64)
-	return pairLabel{fields[0], Algorithm(fields[1]), time.Unix(unix, 0).UTC()}, err == nil
+	return pairLabel{fields[0], Algorithm(fields[1]), time.Unix(unix, 0).UTC(), custody}, err == nil
 }
 
 // mechanism is the one mechanism that pairs of an algorithm answer to.
@@ -200,31 +234,42 @@ func (t *Token) Pair(ctx context.Context, id PairID) (PairInfo, error) {
 	return info, nil
 }
 
-// How long and how often a pair is looked for.
+// How long and how often an object is looked for.
 const (
-	pairPatience = 2 * time.Second
-	pairInterval = 100 * time.Millisecond
+	searchPatience = 2 * time.Second
+	searchInterval = 100 * time.Millisecond
 )
 
 func (c *connection) pair(ctx context.Context, s *p11.Session, id PairID) (*pair, error) {
 	if p, ok := c.pairs.Load(id); ok {
 		return p.(*pair), nil
 	}
-	for deadline := time.Now().Add(pairPatience); ; {
-		p, err := c.searchPair(s, id)
-		if err == nil {
-			c.pairs.Store(id, p)
-			return p, nil
+	var p *pair
+	err := patiently(ctx, ErrPairNotFound, func() (err error) {
+		p, err = c.searchPair(s, id)
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	c.pairs.Store(id, p)
+	return p, nil
+}
+
+// patiently repeats a search that did not find what another process may just
+// have made.
+func patiently(ctx context.Context, notFound error, search func() error) error {
+	for deadline := time.Now().Add(searchPatience); ; {
+		err := search()
+		if !errors.Is(err, notFound) || time.Now().After(deadline) {
+			return err
 		}
-		if !errors.Is(err, ErrPairNotFound) || time.Now().After(deadline) {
-			return nil, err
-		}
-		wait := time.NewTimer(pairInterval)
+		wait := time.NewTimer(searchInterval)
 		select {
 		case <-wait.C:
 		case <-ctx.Done():
 			wait.Stop()
-			return nil, fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+			return fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
 		}
 	}
 }
@@ -308,7 +353,7 @@ func (c *connection) verifyPair(s *p11.Session, h p11.Handle, id PairID) (*pair,
 	if e := new(big.Int).SetBytes(values[p11.PublicExponent]); e.BitLen() < 32 {
 		pub.E = int(e.Int64())
 	}
-	p := &pair{PairInfo: PairInfo{ID: id, Algorithm: label.algorithm}, handle: h, rsa: pub}
+	p := &pair{PairInfo: PairInfo{ID: id, Algorithm: label.algorithm, Custody: label.custody}, label: label, handle: h, rsa: pub}
 	for _, spec := range []PairSpec{RSA2048, RSA3072, RSA4096} {
 		if pub.N.BitLen() == spec.Bits() {
 			p.Spec = spec
@@ -317,7 +362,7 @@ func (c *connection) verifyPair(s *p11.Session, h p11.Handle, id PairID) (*pair,
 	if p.Spec == "" || pub.E != 65537 {
 		return nil, fmt.Errorf("%w: its public key is of no kind that we make", ErrUntrusted)
 	}
-	want := wrappingPrivate(p11.KeyRSA, true, id[:], label.String(), mechanism(label.algorithm))
+	want := label.private(p11.KeyRSA, id, mechanism(label.algorithm))
 	if err := readBack(s, h, join(want, provenance())); err != nil {
 		return nil, err
 	}

@@ -20,6 +20,7 @@ type capabilities struct {
 	wrapping          map[Algorithm]error // nil: proven; else why not
 	maxModulus        int                 // bits
 	implicitRejection bool
+	resident          error // nil: material can be resident; else why not
 	sm                sm
 }
 
@@ -110,6 +111,9 @@ func (c *connection) probe(s *p11.Session) (*capabilities, error) {
 	}
 	if err := c.probePins(s, priv, public, caps); err != nil {
 		return nil, err
+	}
+	if caps.resident = c.probeResident(s, priv, public, caps); worst(caps.resident) > p11.NoFault {
+		return nil, caps.resident
 	}
 	blob, err := s.Wrap(p11.Plain(p11.AESKeyWrap), c.vaults[AES256].handle, key, make([]byte, blobRoom))
 	if err != nil {

@@ -170,7 +170,7 @@ func (c *connection) generateSM2(s *p11.Session, id PairID, label pairLabel, _ P
 	n := c.sm.profile.SM2
 	_, priv, err := s.GenerateKeyPair(p11.Mechanism(n.KeyPairGen),
 		p11.NewTemplate(sm2Public(n, true, id[:])...),
-		p11.NewTemplate(wrappingPrivate(uint64(n.KeyType), true, id[:], label.String(), n.mechanisms()...)...))
+		p11.NewTemplate(label.private(uint64(n.KeyType), id, n.mechanisms()...)...))
 	return priv, err
 }
 
@@ -181,7 +181,7 @@ func (c *connection) verifySM2Pair(s *p11.Session, h p11.Handle, id PairID, labe
 		return nil, c.sm.sm2
 	}
 	n := c.sm.profile.SM2
-	want := wrappingPrivate(uint64(n.KeyType), true, id[:], label.String(), n.mechanisms()...)
+	want := label.private(uint64(n.KeyType), id, n.mechanisms()...)
 	if err := readBack(s, h, join(want, provenance())); err != nil {
 		return nil, err
 	}
@@ -194,7 +194,7 @@ func (c *connection) verifySM2Pair(s *p11.Session, h p11.Handle, id PairID, labe
 		if err != nil {
 			return nil, err
 		}
-		p := &pair{PairInfo: PairInfo{ID: id, Spec: ECSM2, Algorithm: SM2PKE}, handle: h, sm2By: n}
+		p := &pair{PairInfo: PairInfo{ID: id, Spec: ECSM2, Algorithm: SM2PKE, Custody: label.custody}, label: label, handle: h, sm2By: n}
 		point, err := barePoint(values[p11.ECPoint])
 		if err != nil {
 			continue

@@ -12,7 +12,8 @@ const (
 	labelVaultSM4 = "keyferry vault SM4 v1"
 	labelMAC      = "keyferry mac HMAC-SHA-256 v1"
 	labelReceipt  = "keyferry receipt P-256 v1"
-	labelPair     = "keyferry pair " // see pairLabel
+	labelPair     = "keyferry pair "     // see pairLabel
+	labelResident = "keyferry material " // see residentLabel
 )
 
 // The usage booleans of each class. A template names every one of them:
@@ -87,6 +88,24 @@ func material(n cipherNumbers, extractable bool, usages ...p11.Attribute) []p11.
 // measured is material as it comes out of the customer's unwrap, always as an
 // AES key: extractable, because it is sealed next, under a trusted key only.
 func measured() []p11.Attr { return material(aesNumbers, true, p11.Encrypt, p11.Sign) }
+
+// resident is material that stays, as it comes out of the customer's unwrap:
+// it never was extractable, and cannot be changed but only destroyed.
+func resident() []p11.Attr {
+	attrs := material(aesNumbers, false, p11.Encrypt, p11.Decrypt, p11.Sign)
+	i := slices.IndexFunc(attrs, func(a p11.Attr) bool { return a.Type == p11.OnToken })
+	attrs[i] = p11.Bool(p11.OnToken, true)
+	return attrs
+}
+
+// residentObject is the template of one resident material: what its pair pins,
+// and its names.
+func residentObject(id ObjectID, label residentLabel) []p11.Attr {
+	return join(
+		[]p11.Attr{p11.Bytes(p11.ID, id[:]), p11.Bytes(p11.Label, []byte(label.String())), p11.Bool(p11.Destroyable, true)},
+		resident(),
+	)
+}
 
 // opened is material as it comes out of its blob, to be used. Not extractable
 // unless the vault was made for re-sealing.
@@ -265,6 +284,11 @@ func rsaPublic(bits int) []p11.Attr {
 // wrappingPrivate is the private half of a wrapping pair: it unwraps, by the
 // mechanisms of its algorithm, into what measured says, and nothing else.
 func wrappingPrivate(keyType uint64, onToken bool, id []byte, label string, mechanisms ...p11.Mechanism) []p11.Attr {
+	return wrappingInto(measured(), keyType, onToken, id, label, mechanisms...)
+}
+
+// wrappingInto is wrappingPrivate for any template of what is unwrapped.
+func wrappingInto(unwrapped []p11.Attr, keyType uint64, onToken bool, id []byte, label string, mechanisms ...p11.Mechanism) []p11.Attr {
 	return join(
 		[]p11.Attr{
 			p11.ULong(p11.Class, p11.ClassPrivateKey),
@@ -276,7 +300,7 @@ func wrappingPrivate(keyType uint64, onToken bool, id []byte, label string, mech
 			p11.Bool(p11.Sensitive, true),
 			p11.Bool(p11.Extractable, false),
 			p11.Mechanisms(mechanisms...),
-			p11.Nested(p11.UnwrapTemplate, measured()),
+			p11.Nested(p11.UnwrapTemplate, unwrapped),
 		},
 		usage(privateUsages, p11.Unwrap),
 		frozen(),
