@@ -56,7 +56,7 @@ func AdoptPairForTest(ctx context.Context, t *Token, key *rsa.PrivateKey, alg Al
 	if err != nil {
 		return PairInfo{}, err
 	}
-	p := &pair{PairInfo: PairInfo{Algorithm: alg}, rsa: &key.PublicKey}
+	p := &pair{PairInfo: PairInfo{Algorithm: alg, Custody: Sealed}, rsa: &key.PublicKey}
 	if _, err := rand.Read(p.ID[:]); err != nil {
 		return PairInfo{}, err
 	}
