@@ -90,7 +90,7 @@ func (c *connection) admit(s *session, p *pair, take func() (Imported, error)) (
 		}
 		return Imported{}, fmt.Errorf("%w: the token fails a known answer: %w", p11.DeviceError, sick)
 	}
-	if out, err = c.unwrapMeasureSeal(s, p, req); err == nil || !inputMayCause(err) {
+	if out, err = take(); err == nil || !inputMayCause(err) {
 		return out, err
 	}
 	return Imported{}, ErrInvalidMaterial

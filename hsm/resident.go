@@ -123,13 +123,14 @@ func (c *connection) unwrapMeasureKeep(s *session, p *pair, req ResidentRequest)
 	switch {
 	case errors.Is(err, p11.DeviceMemory):
 		return Imported{}, fmt.Errorf("%w (%v)", ErrFull, err) // and so not lost
-	case errors.Is(err, p11.GeneralError), errors.Is(err, p11.FunctionFailed):
+	case err != nil:
 		// Reasons that are none may hide that it took effect.
+		if _, unwell := failed(err); !unwell || worst(err) > p11.NoFault {
+			return Imported{}, err // where the session is gone the next attempt looks
+		}
 		if gone := destroyResident(s.Session, req.Instance, req.ID); gone != nil {
 			return Imported{}, fmt.Errorf("%w: %w", p11.SessionClosed, gone)
 		}
-		return Imported{}, err
-	case err != nil:
 		return Imported{}, err
 	}
 	stays := false
