@@ -148,11 +148,18 @@ func TestKillsDuringImports(t *testing.T) {
 // pairs to make, which would take more time than all that is tested.
 func shareOnePair(t *testing.T, dir string) {
 	t.Helper()
+	usePairs(t, dir, pairsConfig{Specs: []hsm.PairSpec{hsm.RSA2048}, Ready: 1, Outstanding: 1})
+}
+
+// usePairs configures the wrapping pairs of a dev directory, none of them by
+// PKCS#1 v1.5.
+func usePairs(t *testing.T, dir string, pairs pairsConfig) {
+	t.Helper()
 	path := filepath.Join(dir, devConfigFile)
 	cfg, err := loadConfig(path)
 	require.NoError(t, err)
 	cfg.Token.AllowPKCS1v15 = false
-	cfg.Pairs = pairsConfig{Specs: []hsm.PairSpec{hsm.RSA2048}, Ready: 1, Outstanding: 1}
+	cfg.Pairs = pairs
 	text, err := yaml.Marshal(cfg)
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(path, text, 0o600))

@@ -14,6 +14,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/keyferry/keyferry/engine/byok"
+	"github.com/keyferry/keyferry/hsm"
 )
 
 // algorithms are those of the published API that wrap symmetric material.
@@ -28,7 +29,7 @@ func pairSpecOf(algorithm string) string {
 }
 
 // voyage is what varies from one life of a key to another.
-type voyage struct{ keySpec, algorithm string }
+type voyage struct{ keySpec, pairSpec, algorithm string }
 
 // readCredentials reads what "dev" wrote.
 func readCredentials(t testing.TB, dir string) credentials {
@@ -68,7 +69,7 @@ func offered(t *testing.T, c *client) []voyage {
 			continue
 		}
 		for _, algorithm := range has {
-			voyages = append(voyages, voyage{keySpec, algorithm})
+			voyages = append(voyages, voyage{keySpec, pairSpecOf(algorithm), algorithm})
 		}
 	}
 	return voyages
@@ -109,6 +110,41 @@ func TestLifeByEveryClient(t *testing.T) {
 	require.NoError(t, s.stop())
 }
 
+// Pairs of 3072 and 4096 bits are an extension: refused unless they are
+// configured, and then as good as the others.
+func TestLifeUnderLargerPairs(t *testing.T) {
+	t.Parallel()
+	s := sharedServer(t)
+	client := sdks(t, s.endpoint, readCredentials(t, s.dir))["tea"]
+	keyID, _, err := client.createKey(byok.AES256)
+	require.NoError(t, err)
+	for _, larger := range []string{"RSA_3072", "RSA_4096"} {
+		_, _, err = client.parameters(keyID, larger, byok.OAEPSHA1)
+		refused(t, client, "InvalidParameter", err)
+	}
+	voyages := offered(t, s.client(t))
+
+	dir := t.TempDir()
+	require.NoError(t, startDevServer(t, dir).stop())
+	usePairs(t, dir, pairsConfig{Specs: []hsm.PairSpec{hsm.RSA3072, hsm.RSA4096}, Ready: 1, Outstanding: 1})
+	s = startDevServer(t, dir)
+	all := sdks(t, s.endpoint, readCredentials(t, dir))
+	for _, v := range voyages {
+		if v.algorithm == byok.SM2PKE || v.algorithm == byok.PKCS1v15 {
+			continue // no RSA, and switched off by usePairs
+		}
+		for _, larger := range []string{"RSA_3072", "RSA_4096"} {
+			v.pairSpec = larger
+			for _, name := range []string{"v1", "tea"} {
+				t.Run(name+"/"+v.keySpec+"/"+v.pairSpec+"/"+v.algorithm, func(t *testing.T) { live(t, all[name], v) })
+			}
+		}
+	}
+	_, _, err = all["tea"].parameters(keyID, "RSA_2048", byok.OAEPSHA1)
+	refused(t, all["tea"], "InvalidParameter", err)
+	require.NoError(t, s.stop())
+}
+
 // refused requires an error of the service with that code.
 func refused(t *testing.T, client sdk, code string, err error) {
 	t.Helper()
@@ -128,7 +164,7 @@ func live(t *testing.T, client sdk, v voyage) {
 		require.Equal(t, want, state)
 	}
 	material := randomMaterial(byok.MaterialLen(v.keySpec))
-	spki, token, err := client.parameters(keyID, v.algorithm)
+	spki, token, err := client.parameters(keyID, v.pairSpec, v.algorithm)
 	require.NoError(t, err)
 	wrap := func(material []byte) string { return wrapped(t, v.algorithm, spki, material) }
 

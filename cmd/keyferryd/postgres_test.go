@@ -97,7 +97,7 @@ func TestLifeOnPostgres(t *testing.T) {
 	cred := credentials{Region: "local", AccessKeyID: "tester", AccessKeySecret: "a secret of the tests"}
 	clients := sdks(t, server.endpoint, cred)
 	for _, name := range []string{"v1", "tea"} {
-		t.Run(name, func(t *testing.T) { live(t, clients[name], voyage{"Aliyun_AES_256", "RSAES_OAEP_SHA_1"}) })
+		t.Run(name, func(t *testing.T) { live(t, clients[name], voyage{"Aliyun_AES_256", "RSA_2048", "RSAES_OAEP_SHA_1"}) })
 	}
 	require.NoError(t, server.stop())
 }

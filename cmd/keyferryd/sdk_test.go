@@ -30,7 +30,7 @@ import (
 type sdk interface {
 	createKey(spec string) (keyID, state string, err error)
 	describeKey(keyID string) (state, expires string, err error)
-	parameters(keyID, algorithm string) (publicKey, token string, err error)
+	parameters(keyID, pairSpec, algorithm string) (publicKey, token string, err error)
 	importMaterial(keyID, wrapped, token string, expireUnix int64) error
 	deleteMaterial(keyID string) error
 	encrypt(keyID, plaintext string, encctx map[string]string) (blob string, err error)
@@ -96,10 +96,10 @@ func (s v1SDK) describeKey(keyID string) (state, expires string, err error) {
 	return res.KeyMetadata.KeyState, res.KeyMetadata.MaterialExpireTime, err
 }
 
-func (s v1SDK) parameters(keyID, algorithm string) (publicKey, token string, err error) {
+func (s v1SDK) parameters(keyID, pairSpec, algorithm string) (publicKey, token string, err error) {
 	r := v1.CreateGetParametersForImportRequest()
 	s.to(r.RpcRequest)
-	r.KeyId, r.WrappingAlgorithm, r.WrappingKeySpec = keyID, algorithm, pairSpecOf(algorithm)
+	r.KeyId, r.WrappingAlgorithm, r.WrappingKeySpec = keyID, algorithm, pairSpec
 	res, err := s.GetParametersForImport(r)
 	return res.PublicKey, res.ImportToken, err
 }
@@ -243,8 +243,8 @@ func (s teaSDK) describeKey(keyID string) (state, expires string, err error) {
 	return *res.Body.KeyMetadata.KeyState, *res.Body.KeyMetadata.MaterialExpireTime, nil
 }
 
-func (s teaSDK) parameters(keyID, algorithm string) (publicKey, token string, err error) {
-	res, err := s.GetParametersForImport(&tea.GetParametersForImportRequest{KeyId: &keyID, WrappingAlgorithm: &algorithm, WrappingKeySpec: ptr(pairSpecOf(algorithm))})
+func (s teaSDK) parameters(keyID, pairSpec, algorithm string) (publicKey, token string, err error) {
+	res, err := s.GetParametersForImport(&tea.GetParametersForImportRequest{KeyId: &keyID, WrappingAlgorithm: &algorithm, WrappingKeySpec: &pairSpec})
 	if err != nil {
 		return "", "", err
 	}
@@ -415,9 +415,9 @@ func (s formSDK) describeKey(keyID string) (state, expires string, err error) {
 	return a.KeyMetadata.KeyState, a.KeyMetadata.MaterialExpireTime, err
 }
 
-func (s formSDK) parameters(keyID, algorithm string) (publicKey, token string, err error) {
+func (s formSDK) parameters(keyID, pairSpec, algorithm string) (publicKey, token string, err error) {
 	var a formAnswer
-	err = s.call("GetParametersForImport", &a, "KeyId", keyID, "WrappingAlgorithm", algorithm, "WrappingKeySpec", pairSpecOf(algorithm))
+	err = s.call("GetParametersForImport", &a, "KeyId", keyID, "WrappingAlgorithm", algorithm, "WrappingKeySpec", pairSpec)
 	return a.PublicKey, a.ImportToken, err
 }
 

@@ -466,7 +466,7 @@ func (w *wiretap) run(t *testing.T) {
 	var owners []*owner
 	for _, keySpec := range []string{byok.AES256, byok.SM4} {
 		for _, algorithm := range algorithms {
-			if o := w.newOwner(t, voyage{keySpec, algorithm}); o != nil {
+			if o := w.newOwner(t, voyage{keySpec, pairSpecOf(algorithm), algorithm}); o != nil {
 				owners = append(owners, o)
 			}
 		}
