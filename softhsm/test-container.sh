@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# test-container.sh: runs the whole suite in a container, builds keyferryd
-# there, puts it into an image of its own and tests that from outside.
+# test-container.sh: runs the whole suite in a container on the distribution's
+# SoftHSM2, builds keyferryd and our own SoftHSM2 there, puts them into an image
+# and tests what softhsm/compose.yaml makes of it from outside.
+#
+#   test-container.sh --build   only builds the image
 #
 # No registry but the distribution's packages is needed: the base image is made
 # on the spot where it cannot be pulled, and the Go toolchain and the modules
@@ -8,10 +11,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-say() { printf '== %s\n' "$*"; }
+tests=yes
+[ "${1:-}" != --build ] || tests=
+stock=/usr/lib/softhsm/libsofthsm2.so # in the image
 
-docker version >/dev/null || { echo "test-container: no working Docker engine" >&2; exit 1; }
+say() { printf '== %s\n' "$*"; }
+die() { echo "test-container: $*" >&2; exit 1; }
+
+docker version >/dev/null || die "no working Docker engine"
+if ! docker compose version >/dev/null 2>&1 && ! command -v docker-compose >/dev/null; then
+  die "neither docker compose nor docker-compose is here: install docker-compose (Debian) or docker-compose-v2 (Ubuntu)"
+fi
 softhsm/base-image.sh
+softhsm/build.sh # for its archive, which is compiled again in the container
 say "building the test image"
 docker build -q -t keyferry-test - <softhsm/Dockerfile >/dev/null
 
@@ -30,15 +42,19 @@ trap cleanup EXIT
 suite=$(docker create -i --init --network none \
   -v "$(go env GOROOT):/usr/local/go:ro" \
   -v "$(go env GOMODCACHE):/go/mod:ro" \
+  -v "$PWD/build/softhsm:/softhsm:ro" \
   -v keyferry-go-cache:/home/keyferry/.cache \
-  keyferry-test bash -euc 'tar -xf - && id -un && make test race= && make build')
-say "running the tests in a container"
+  -v keyferry-build:/home/keyferry/src/build \
+  -e KEYFERRY_SOFTHSM_TARBALL=/softhsm/softhsm2_2.6.1.orig.tar.gz \
+  keyferry-test bash -euc "tar -xf - && id -un && make softhsm build && ${tests:+KEYFERRY_SOFTHSM_MODULE=$stock make test race= &&} cp build/softhsm/lib/softhsm/libsofthsm2.so bin/")
+say "building${tests:+ and running the tests} in a container"
 tar -cf - --exclude=./.git --exclude=./bin --exclude=./build . | docker start -ai "$suite"
 
 say "building the image of keyferryd"
 docker cp "$suite:/home/keyferry/src/bin/." "$work/"
 cp softhsm/keyferryd.yaml "$work/"
 docker build -q -t keyferry/keyferryd -f softhsm/keyferryd.Dockerfile "$work" >/dev/null
+[ -n "$tests" ] || exit 0
 
-say "testing keyferryd in a container from outside"
+say "testing keyferryd in containers from outside"
 go test -count=1 -tags container -run TestContainer -v -timeout 10m ./cmd/keyferryd

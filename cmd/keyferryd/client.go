@@ -29,11 +29,15 @@ func newClient(credentialsFile string) (*client, error) {
 	if err := readAnnounced(credentialsFile, &c); err != nil {
 		return nil, err
 	}
+	return clientOf(c), nil
+}
+
+func clientOf(c credentials) *client {
 	return &client{
 		url:  "http://" + c.Endpoint + "/",
 		cred: acs.Credential{AccessKeyID: c.AccessKeyID, Secret: acs.NewSecret([]byte(c.AccessKeySecret))},
 		http: &http.Client{Transport: &http.Transport{Proxy: nil}, Timeout: time.Minute},
-	}, nil
+	}
 }
 
 // readAnnounced reads a file that "keyferryd dev" wrote.

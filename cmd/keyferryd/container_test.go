@@ -3,13 +3,15 @@
 package main
 
 import (
-	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/rand"
 	"encoding/base64"
-	"io"
+	"errors"
 	"os/exec"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -18,154 +20,225 @@ import (
 	"github.com/keyferry/keyferry/engine/byok"
 )
 
-// containerImage is what softhsm/test-container.sh built before it runs this.
-const containerImage = "keyferry/keyferryd"
-
-// TestContainer sets keyferryd up in containers as an operator does, and uses
-// it from outside with Alibaba Cloud's clients, before and after it is killed.
+// TestContainer sets keyferryd up as softhsm/compose.yaml says, from the image
+// that softhsm/test-container.sh built, and uses it from outside with Alibaba
+// Cloud's clients, before and after it is killed.
 func TestContainer(t *testing.T) {
-	b := newBox(t, "keyferry-test-"+strings.ToLower(rand.Text()))
-	b.initialise(t)
-	b.serve(t)
+	b := newBox(t)
+	b.compose(t, "up", "-d")
+	b.waitUntilHealthy(t)
+	b.readSecret(t)
 
 	t.Run("is an ordinary user on a read-only root", func(t *testing.T) {
-		require.Equal(t, "10001\n", docker(t, nil, "exec", b.name, "id", "-u"))
-		for _, dir := range []string{"/", "/etc/keyferry", "/run/secrets", "/usr/local/bin", "/tmp"} {
-			out, err := exec.CommandContext(t.Context(), "docker", "exec", b.name, "touch", dir+"/written").CombinedOutput()
+		require.Equal(t, "10001\n", docker(t, "exec", b.id(t), "id", "-u"))
+		for _, dir := range []string{"/", "/etc/keyferry", "/run/secrets", "/run/officer", "/usr/local/bin", "/tmp"} {
+			out, err := exec.CommandContext(t.Context(), "docker", "exec", b.id(t), "touch", dir+"/written").CombinedOutput()
 			require.Error(t, err, "%s: %s", dir, out)
 		}
+		out, err := exec.CommandContext(t.Context(), "docker", "exec", b.id(t), "cat", "/run/officer/so-pin").CombinedOutput()
+		require.Error(t, err, "the server has the security officer's PIN: %s", out)
 	})
+
+	voyages := offered(t, b.client(t))
+	for _, v := range []voyage{
+		{byok.AES256, "RSA_2048", byok.OAEPSHA1},
+		{byok.AES256, "RSA_2048", byok.OAEPSHA256},
+		{byok.AES256, "EC_SM2", byok.SM2PKE},
+		{byok.SM4, "RSA_2048", byok.OAEPSHA256},
+		{byok.SM4, "EC_SM2", byok.SM2PKE},
+	} {
+		require.Contains(t, voyages, v)
+	}
 	before := map[string]kept{}
 	for how, client := range b.clients(t) {
-		t.Run(how, func(t *testing.T) {
-			live(t, client, voyage{byok.AES256, byok.OAEPSHA1})
-			before[how] = keep(t, client)
-		})
+		for _, v := range voyages {
+			t.Run(how+"/"+v.keySpec+"/"+v.algorithm, func(t *testing.T) { live(t, client, v) })
+		}
+		before[how] = keep(t, client, voyages[len(voyages)-1])
 	}
 	require.NotEmpty(t, before)
 
-	docker(t, nil, "kill", b.name)
-	docker(t, nil, "start", b.name)
+	b.killDuringImports(t, voyages)
+
+	// Everything goes but the volumes.
+	b.compose(t, "down")
+	b.compose(t, "up", "-d")
 	b.waitUntilHealthy(t)
 	for how, client := range b.clients(t) {
-		t.Run(how+", after a kill", func(t *testing.T) {
+		t.Run(how+", in other containers", func(t *testing.T) {
 			plaintext, keyID, err := client.decrypt(before[how].blob, nil)
 			require.NoError(t, err)
 			require.Equal(t, before[how].plaintext, plaintext)
 			require.Equal(t, before[how].keyID, keyID)
-			live(t, client, voyage{byok.AES256, byok.OAEPSHA1})
+			live(t, client, voyages[0])
 		})
 	}
+}
+
+// killDuringImports kills the server while customers import and encrypt, each
+// time after another number of answers. What was answered is there afterwards.
+func (b *box) killDuringImports(t *testing.T, voyages []voyage) {
+	const kills = 5
+	far := time.Now().Add(1000 * time.Hour).Unix()
+	var all []*ledger
+	for kill := range kills {
+		c := b.client(t)
+		var working []*ledger
+		blobs := map[*ledger]string{}
+		for _, v := range voyages {
+			l := &ledger{customer: newCustomerBy(t, c, v), attempted: far, ciphertexts: map[string]string{}, unchecked: map[string]string{}}
+			blobs[l] = wrapped(t, v.algorithm, l.publicKey, l.material)
+			working = append(working, l)
+		}
+		all = append(all, working...)
+
+		var answers atomic.Int32
+		enough := make(chan struct{})
+		answered := func() {
+			if answers.Add(1) == int32(1+10*kill) {
+				close(enough)
+			}
+		}
+		ctx, hangUp := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		errs := make([]error, len(working))
+		for i, l := range working {
+			wg.Go(func() { errs[i] = l.work(ctx, blobs[l], answered) })
+		}
+		<-enough
+		docker(t, "kill", "-s", "KILL", b.id(t))
+		hangUp() // whoever the engine has not told that its server is gone
+		wg.Wait()
+		require.NoError(t, errors.Join(errs...))
+
+		docker(t, "start", b.id(t))
+		b.waitUntilHealthy(t)
+		for _, l := range all {
+			l.client = b.client(t)
+			l.check(t, l.unchecked)
+			clear(l.unchecked)
+		}
+	}
+	opened := 0
+	for _, l := range all {
+		l.check(t, l.ciphertexts)
+		opened += len(l.ciphertexts)
+	}
+	t.Logf("%d kills: %d keys and %d ciphertexts were there", kills, len(all), opened)
 }
 
 // kept is what must outlive the server.
 type kept struct{ keyID, plaintext, blob string }
 
 // keep imports a key and encrypts under it.
-func keep(t *testing.T, client sdk) kept {
+func keep(t *testing.T, client sdk, v voyage) kept {
 	t.Helper()
-	keyID, _, err := client.createKey("Aliyun_AES_256")
+	keyID, _, err := client.createKey(v.keySpec)
 	require.NoError(t, err)
-	publicKey, token, err := client.parameters(keyID, byok.OAEPSHA1)
+	publicKey, token, err := client.parameters(keyID, v.pairSpec, v.algorithm)
 	require.NoError(t, err)
-	require.NoError(t, client.importMaterial(keyID, wrapped(t, byok.OAEPSHA1, publicKey, randomMaterial(32)), token, 0))
+	require.NoError(t, client.importMaterial(keyID, wrapped(t, v.algorithm, publicKey, randomMaterial(byok.MaterialLen(v.keySpec))), token, 0))
 	plaintext := base64.StdEncoding.EncodeToString([]byte("kept through a kill"))
 	blob, err := client.encrypt(keyID, plaintext, nil)
 	require.NoError(t, err)
 	return kept{keyID, plaintext, blob}
 }
 
-// box is keyferryd in a container, with what it keeps in volumes.
+// box is a project of softhsm/compose.yaml.
 type box struct {
-	name  string
-	keys  credentials
-	soPIN string
+	command []string // of Compose, without a project's own arguments
+	project string
+	keys    credentials // without the endpoint, which changes
 }
 
-func newBox(t *testing.T, name string) *box {
+func newBox(t *testing.T) *box {
+	// The plugin of today, or the program that Debian 12 has.
+	command := []string{"docker", "compose"}
+	if exec.CommandContext(t.Context(), "docker", "compose", "version").Run() != nil {
+		command = []string{"docker-compose"}
+	}
 	b := &box{
-		name:  name,
-		soPIN: rand.Text(),
-		keys:  credentials{Region: "local", AccessKeyID: "keyferry", AccessKeySecret: rand.Text()},
+		command: command, project: "keyferry-test-" + strings.ToLower(rand.Text()[:8]),
+		keys: credentials{Region: "local", AccessKeyID: "keyferry"},
 	}
-	for _, volume := range []string{"config", "data", "secrets"} {
-		docker(t, nil, "volume", "create", b.volume(volume))
-	}
+	t.Setenv("KEYFERRY_PORT", "0") // any that is free
 	t.Cleanup(func() {
 		if t.Failed() {
-			out, _ := exec.Command("docker", "logs", b.name).CombinedOutput()
-			t.Logf("the log of the server:\n%s", out)
+			out, _ := b.run(context.Background(), "logs")
+			t.Logf("the logs:\n%s", out)
 		}
-		_ = exec.Command("docker", "rm", "-f", "-v", b.name).Run()
-		require.NoError(t, exec.Command("docker", "volume", "rm", b.volume("config"), b.volume("data"), b.volume("secrets")).Run())
+		out, err := b.run(context.Background(), "down", "-v")
+		require.NoError(t, err, out)
 	})
 	return b
 }
 
-func (b *box) volume(name string) string { return b.name + "-" + name }
-
-// confinement is how the container runs. Only the volume of token and database
-// can be written, and for init the configuration.
-func (b *box) confinement(config string) []string {
-	return []string{
-		"--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges",
-		"-v", b.volume("config") + ":/etc/keyferry:" + config,
-		"-v", b.volume("data") + ":/var/lib/keyferry",
-		"-v", b.volume("secrets") + ":/run/secrets:ro",
+func (b *box) run(ctx context.Context, args ...string) (string, error) {
+	all := append(append([]string{}, b.command[1:]...), "-p", b.project, "-f", "../../softhsm/compose.yaml")
+	cmd := exec.CommandContext(ctx, b.command[0], append(all, args...)...)
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		return stderr.String(), err
 	}
+	return string(out), nil
 }
 
-// initialise puts the secrets into their volume, as files of keyferryd's user,
-// and holds the ceremony in a container that is gone afterwards, and the
-// security officer's PIN with it.
-func (b *box) initialise(t *testing.T) {
-	carrier := strings.TrimSpace(docker(t, nil, "create", "-v", b.volume("secrets")+":/run/secrets", containerImage))
-	defer docker(t, nil, "rm", "-v", carrier)
-	docker(t, archive(t, map[string]string{
-		"user-pin": rand.Text(), "access-key-secret": b.keys.AccessKeySecret,
-	}), "cp", "-", carrier+":/run/secrets")
-
-	args := append([]string{"run", "--rm", "-i", "--network", "none"}, b.confinement("rw")...)
-	docker(t, strings.NewReader(b.soPIN), append(args, containerImage,
-		"init", "--config", "/etc/keyferry/keyferryd.yaml", "--init-token", "--so-pin-file", "-")...)
+func (b *box) compose(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := b.run(t.Context(), args...)
+	require.NoError(t, err, "%s %v: %s", b.command, args, out)
+	return out
 }
 
-// archive is a tar archive of files for keyferryd's user alone.
-func archive(t *testing.T, files map[string]string) io.Reader {
-	var out bytes.Buffer
-	w := tar.NewWriter(&out)
-	for name, text := range files {
-		require.NoError(t, w.WriteHeader(&tar.Header{Name: name, Mode: 0o400, Uid: 10001, Gid: 10001, Size: int64(len(text))}))
-		_, err := io.WriteString(w, text)
-		require.NoError(t, err)
-	}
-	require.NoError(t, w.Close())
-	return &out
+// id is that of the server's container.
+func (b *box) id(t *testing.T) string {
+	t.Helper()
+	id := strings.TrimSpace(docker(t, "ps", "-aq",
+		"--filter", "label=com.docker.compose.project="+b.project, "--filter", "label=com.docker.compose.service=keyferryd"))
+	require.NotEmpty(t, id)
+	return id
 }
 
-func (b *box) serve(t *testing.T) {
-	args := append([]string{"run", "-d", "--name", b.name, "-p", "127.0.0.1::8080", "--health-interval", "1s"}, b.confinement("ro")...)
-	docker(t, nil, append(args, containerImage)...)
-	b.waitUntilHealthy(t)
+// readSecret reads the access key's secret where init put it, as the head of
+// the compose file says.
+func (b *box) readSecret(t *testing.T) {
+	t.Helper()
+	b.keys.AccessKeySecret = strings.TrimSpace(b.compose(t, "exec", "-T", "keyferryd", "cat", "/run/secrets/access-key-secret"))
+	require.Len(t, b.keys.AccessKeySecret, 32)
 }
 
 func (b *box) waitUntilHealthy(t *testing.T) {
+	t.Helper()
 	require.Eventually(t, func() bool {
-		return docker(t, nil, "inspect", "-f", "{{.State.Health.Status}}", b.name) == "healthy\n"
-	}, time.Minute, 200*time.Millisecond)
+		return docker(t, "inspect", "-f", "{{.State.Health.Status}}", b.id(t)) == "healthy\n"
+	}, time.Minute, 100*time.Millisecond)
 }
 
-// clients are Alibaba Cloud's. The port may change with a start.
-func (b *box) clients(t *testing.T) map[string]sdk {
-	return sdks(t, strings.TrimSpace(docker(t, nil, "port", b.name, "8080/tcp")), b.keys)
+// credentials have the port of now, which may change with a start.
+func (b *box) credentials(t *testing.T) credentials {
+	t.Helper()
+	c := b.keys
+	// An engine with IPv6 prints a line for each address.
+	c.Endpoint, _, _ = strings.Cut(strings.TrimSpace(docker(t, "port", b.id(t), "8080/tcp")), "\n")
+	return c
 }
+
+// clients are Alibaba Cloud's.
+func (b *box) clients(t *testing.T) map[string]sdk {
+	c := b.credentials(t)
+	return sdks(t, c.Endpoint, c)
+}
+
+func (b *box) client(t *testing.T) *client { return clientOf(b.credentials(t)) }
 
 // docker runs the docker command to its end and answers what it printed.
-func docker(t *testing.T, stdin io.Reader, args ...string) string {
+func docker(t *testing.T, args ...string) string {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), "docker", args...)
 	var stdout, stderr bytes.Buffer
-	cmd.Stdin, cmd.Stdout, cmd.Stderr = stdin, &stdout, &stderr
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	require.NoError(t, cmd.Run(), "docker %s: %s", args[0], &stderr)
 	return stdout.String()
 }

@@ -38,13 +38,20 @@ type customer struct {
 // newCustomer makes a key and asks for parameters by OAEP with SHA-1.
 func newCustomer(t testing.TB, c *client) *customer {
 	t.Helper()
+	return newCustomerBy(t, c, voyage{byok.AES256, "RSA_2048", byok.OAEPSHA1})
+}
+
+func newCustomerBy(t testing.TB, c *client, v voyage) *customer {
+	t.Helper()
 	var key struct{ KeyMetadata keyState }
-	require.NoError(t, c.call(t.Context(), "CreateKey", map[string]string{"Origin": "EXTERNAL"}, &key))
+	require.NoError(t, c.call(t.Context(), "CreateKey", map[string]string{"Origin": "EXTERNAL", "KeySpec": v.keySpec}, &key))
 	var p struct{ PublicKey, ImportToken string }
 	require.NoError(t, c.call(t.Context(), "GetParametersForImport", map[string]string{
-		"KeyId": key.KeyMetadata.KeyID, "WrappingAlgorithm": byok.OAEPSHA1, "WrappingKeySpec": "RSA_2048",
+		"KeyId": key.KeyMetadata.KeyID, "WrappingAlgorithm": v.algorithm, "WrappingKeySpec": v.pairSpec,
 	}, &p))
-	return &customer{client: c, keyID: key.KeyMetadata.KeyID, publicKey: p.PublicKey, token: p.ImportToken, material: randomMaterial(32)}
+	return &customer{
+		client: c, keyID: key.KeyMetadata.KeyID, publicKey: p.PublicKey, token: p.ImportToken, material: randomMaterial(byok.MaterialLen(v.keySpec)),
+	}
 }
 
 // params are those of an import of material that was wrapped already.
