@@ -54,6 +54,16 @@ test-races: deps ## race stock SoftHSM2 for its keys, as hsm/adversary knows how
 test-timing: deps ## compare the times of answers to an attacker's blobs, 1,000 of each kind
 	KEYFERRY_TIMING=1 $(GO) test -count=1 -v -run TestTiming -timeout 60m ./cmd/keyferryd
 
+# What the sanitizers say goes to standard error and ends the test. Leaks are for
+# TestDestroyedObjectsAreFreed: a Go program ends without looking for them.
+asan = env LD_PRELOAD=$(shell $(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:handle_segv=0:detect_stack_use_after_return=1
+
+.PHONY: test-asan
+test-asan: deps ## give our SoftHSM2, under AddressSanitizer, damaged blobs and Wycheproof's (minutes)
+	@softhsm/build.sh --asan
+	KEYFERRY_SLOW=1 KEYFERRY_SOFTHSM_MODULE=$(CURDIR)/build/softhsm/asan/libsofthsm2.so \
+	$(GO) test -count=1 -v -timeout 60m -exec '$(asan)' -run 'Mutated|Wycheproof|Import|SM2|SM4' ./hsm
+
 .PHONY: test-container
 test-container: ## run the tests in a container, then keyferryd in one against SDKs outside
 	softhsm/test-container.sh
