@@ -65,11 +65,15 @@ func TestSM2AgreesWithOthers(t *testing.T) {
 	b := newBench(t, hsm.SM2PKE)
 	spki := filepath.Join(t.TempDir(), "spki.der")
 	require.NoError(t, os.WriteFile(spki, b.pair.SPKI, 0o600))
+	byCommand := 50
+	if slow() {
+		byCommand = 300
+	}
 	for name, c := range map[string]struct {
 		cases   int
 		encrypt func(t testing.TB, material []byte) (raw, asn1 []byte)
 	}{
-		"openssl": {100, func(t testing.TB, material []byte) (raw, asn1 []byte) {
+		"openssl": {byCommand, func(t testing.TB, material []byte) (raw, asn1 []byte) {
 			asn1 = openssl(t, material, "pkeyutl", "-encrypt", "-pubin", "-keyform", "DER", "-inkey", spki)
 			raw, err := sm2.ASN1Ciphertext2Plain(asn1, sm2.NewPlainEncrypterOpts(sm2.MarshalUncompressed, sm2.C1C3C2))
 			require.NoError(t, err)
@@ -113,7 +117,11 @@ func TestSM4AgreesWithOpenSSL(t *testing.T) {
 	needOpenSSL(t, "enc", "-sm4-ctr", "-K", "00000000000000000000000000000000", "-iv", "00000000000000000000000000000000", "-in", os.DevNull)
 	p, s := user(t, b.soft)
 	ecb := []*pkcs11.Mechanism{pkcs11.NewMechanism(uint(hsm.BuiltinProfiles()[0].SM4.ECB), nil)}
-	for range 50 {
+	times := 25
+	if slow() {
+		times = 200
+	}
+	for range times {
 		material := random(16)
 		k := hex.EncodeToString(material)
 		out, err := b.token.Import(ctx, sm4Request(b, b.wrap(t, material)))
