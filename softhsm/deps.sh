@@ -8,6 +8,7 @@
 #
 #   deps.sh softhsm    brings what softhsm/build.sh needs, too
 #   deps.sh test       brings the database server that only tests need, too
+#   deps.sh container  brings Compose for softhsm/test-container.sh, too, as root
 #   deps.sh --module   only prints which SoftHSM2 the tests use
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -85,6 +86,9 @@ missing() {
   spy >/dev/null || echo opensc-pkcs11
   if [ "$purpose" = test ]; then
     postgres >/dev/null || echo postgresql
+  fi
+  if [ "$purpose" = container ]; then
+    docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null || echo docker-compose
   fi
   if [ "$purpose" = softhsm ]; then
     PATH="$deps/usr/bin:$PATH" command -v g++ >/dev/null || echo g++
@@ -165,6 +169,7 @@ if "${as_root[@]}" true 2>/dev/null; then
   say "installing ${packages[*]}"
   install_packages "${packages[@]}" || die "apt-get failed: $hint"
 else
+  [[ " ${packages[*]} " != *" docker-compose "* ]] || die "docker compose is missing and cannot be installed without root: $hint"
   [[ " ${packages[*]} " != *" gcc "* ]] || die "a C compiler is missing and cannot be installed without root: $hint"
   say "downloading ${packages[*]} into build/deps (not root: nothing is installed)"
   unpack_packages "${packages[@]}" || die "apt-get failed: $hint"

@@ -16,12 +16,9 @@ tests=yes
 stock=/usr/lib/softhsm/libsofthsm2.so # in the image
 
 say() { printf '== %s\n' "$*"; }
-die() { echo "test-container: $*" >&2; exit 1; }
 
-docker version >/dev/null || die "no working Docker engine"
-if ! docker compose version >/dev/null 2>&1 && ! command -v docker-compose >/dev/null; then
-  die "neither docker compose nor docker-compose is here: install docker-compose (Debian) or docker-compose-v2 (Ubuntu)"
-fi
+docker version >/dev/null || { echo "test-container: no working Docker engine" >&2; exit 1; }
+softhsm/deps.sh container
 softhsm/base-image.sh
 softhsm/build.sh # for its archive, which is compiled again in the container
 say "building the test image"
