@@ -95,7 +95,9 @@ func (h *house) useAll(t *testing.T, keyID string) {
 		opened, err = h.Decrypt(t.Context(), sealed.Blob, context)
 		require.NoError(t, err)
 		require.Len(t, opened.Plaintext, test.len)
-		require.NotEqual(t, make([]byte, test.len+1), append(opened.Plaintext, 0), "not the bytes that were wiped")
+		if test.len >= 16 { // a shorter one may be zeros
+			require.NotEqual(t, make([]byte, test.len), opened.Plaintext, "not the bytes that were wiped")
+		}
 	}
 }
 
