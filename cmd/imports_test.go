@@ -19,8 +19,8 @@ import (
 const module = "github.com/keyferry/keyferry/"
 
 // house lists every package with what it may import of this module outside
-// tests. Imports point one way: cryptoki, hsm, engine, kmsapi, cmd; acs and
-// byok, which a customer uses without an HSM, import none of them.
+// tests. Imports point one way: cryptoki, hsm, engine, kmsapi, cmd; acs,
+// byok and receipt, which a customer uses without an HSM, import none of them.
 var house = map[string][]string{
 	"hsm/internal/cryptoki":        {},
 	"hsm":                          {"hsm/internal/cryptoki"},
@@ -32,14 +32,15 @@ var house = map[string][]string{
 	"engine/store/sqlite":          {"engine/store", "hsm"},
 	"engine/store/postgres":        {"engine/store"},
 	"engine/store/postgres/pgtest": {"engine/store/postgres"}, // for tests alone
-	"engine":                       {"engine/store", "hsm"},
+	"engine":                       {"engine/receipt", "engine/store", "hsm"},
 	"engine/acs":                   {},
 	"engine/byok":                  {},
-	"engine/kmsapi":                {"engine", "engine/acs", "engine/store", "hsm"},
+	"engine/receipt":               {},
+	"engine/kmsapi":                {"engine", "engine/acs", "engine/receipt", "engine/store", "hsm"},
 	"softhsm":                      {"hsm"},
 	"cmd":                          {}, // this test
-	"cmd/keyferry":                 {"engine/acs", "engine/byok"},
-	"cmd/keyferryd":                {"engine", "engine/acs", "engine/byok", "engine/kmsapi", "engine/store", "engine/store/postgres", "engine/store/sqlite", "hsm", "softhsm"},
+	"cmd/keyferry":                 {"engine/acs", "engine/byok", "engine/receipt"},
+	"cmd/keyferryd":                {"engine", "engine/acs", "engine/byok", "engine/kmsapi", "engine/receipt", "engine/store", "engine/store/postgres", "engine/store/sqlite", "hsm", "softhsm"},
 }
 
 // foreign lists imports from outside this module that a package keeps to

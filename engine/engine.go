@@ -19,6 +19,8 @@
 //     Engine.
 //   - No row that someone else wrote or moved is used: each carries a MAC that
 //     only the token can make. An old row brought back whole is not noticed.
+//   - Every import and every loss of material leaves an entry in a log that the
+//     token signs, committed in the same transaction; see package receipt.
 //
 // Every method takes a context, which bounds waiting for the store, for a
 // session and for wrapping pairs. A call that has entered the PKCS#11 library
@@ -34,6 +36,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/keyferry/keyferry/engine/receipt"
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 )
@@ -107,6 +110,15 @@ type Engine struct {
 
 	authority *authority
 
+	// The log of receipts.
+	logID      receipt.LogID
+	receiptKey *receipt.PublicKey         // nil: the token has none, and no head is signed
+	extending  chan struct{}              // held while the log is extended, and for strangers
+	strangers  map[[sha256.Size]byte]bool // pending entries that are not ours
+	headAt     time.Time                  // when the sweep last signed a head; the sweep's own
+	headMu     sync.Mutex
+	lastHead   receipt.Head // the longest that was seen; guarded by headMu
+
 	cache    *cache
 	usage    *usage
 	pool     *pool
@@ -142,6 +154,10 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if err != nil {
 		return nil, storeError(err)
 	}
+	log, err := cfg.Store.Log(ctx)
+	if err != nil {
+		return nil, storeError(err)
+	}
 	e := &Engine{
 		token:         cfg.Token,
 		store:         cfg.Store,
@@ -153,6 +169,9 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		failureFloor:  orDefault(cfg.FailureFloor, 100*time.Millisecond),
 		failureBudget: orDefault(cfg.FailureBudget, 100),
 		sweeping:      make(chan struct{}, 1),
+		logID:         log.ID,
+		extending:     make(chan struct{}, 1),
+		strangers:     make(map[[sha256.Size]byte]bool),
 	}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
@@ -164,6 +183,10 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		e.specs = []hsm.PairSpec{hsm.RSA2048, hsm.ECSM2}
 	}
 	e.offers = offersOf(e.token, e.specs)
+	e.headAt = e.second()
+	if err := e.findReceiptKey(ctx); err != nil {
+		return nil, err
+	}
 	if err := e.reconcilePairs(ctx); err != nil {
 		return nil, err
 	}
@@ -186,8 +209,8 @@ func orDefault[T int | time.Duration](value, otherwise T) T {
 	return value
 }
 
-// Close ends everything the Engine does of its own accord, closes the open keys
-// and writes down the counts of uses. Requests under way fail or finish.
+// Close ends everything the Engine does of its own accord, closes the open keys,
+// signs the log of receipts and writes down the counts of uses. Requests under way fail or finish.
 func (e *Engine) Close() error {
 	e.mu.Lock()
 	already := e.closed
@@ -201,7 +224,31 @@ func (e *Engine) Close() error {
 	e.cache.close()
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
+	if e.receiptKey != nil {
+		// What is not signed now is at the next start.
+		if err := e.extendLog(ctx); err != nil {
+			e.log.LogAttrs(ctx, slog.LevelWarn, "the log of receipts could not be signed at the end", slog.Any("error", err))
+		}
+	}
 	return e.usage.flush(ctx)
+}
+
+// findReceiptKey asks the token for the key that signs the log of receipts. A
+// server without one, because it is not pinned, goes on and logs its imports,
+// for a head that is signed later.
+func (e *Engine) findReceiptKey(ctx context.Context) error {
+	spki, err := e.token.ReceiptKey(ctx)
+	if errors.Is(err, hsm.ErrUnsupported) {
+		e.log.LogAttrs(ctx, slog.LevelWarn, "no receipts are signed", slog.Any("error", err))
+		return nil
+	}
+	if err != nil {
+		return tokenError(err)
+	}
+	if e.receiptKey, err = receipt.ParsePublicKey(spki); err != nil {
+		return &Error{Kind: Internal, cause: err}
+	}
+	return nil
 }
 
 // Health returns nil if store and token answer.

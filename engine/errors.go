@@ -24,6 +24,7 @@ const (
 	InvalidParameter   Kind = "a parameter is not valid"
 	KeyNotFound        Kind = "no such key"
 	AliasNotFound      Kind = "no such alias"
+	ReceiptNotFound    Kind = "no such receipt"
 	UnsupportedOrigin  Kind = "the key's origin does not allow it"
 	UnsupportedAlias   Kind = "an alias is not allowed here"
 	UnsupportedOp      Kind = "operation is not supported"

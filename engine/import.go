@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/subtle"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
@@ -12,8 +13,8 @@ import (
 )
 
 // ImportKeyMaterial imports wrapped material into a CMK. When it returns nil
-// the material, its identity, its expiry and the CMK's state are durable; after
-// Unavailable they may be, as a whole. Any other error has changed nothing.
+// the material, its identity, its expiry, the CMK's state and the import's entry
+// in the log of receipts are durable; after Unavailable they may be, as a whole. Any other error has changed nothing.
 //
 // The first import decides for ever which material a CMK has. Later ones bring
 // back the same material, or give it another expiry.
@@ -87,6 +88,8 @@ func (in *ImportInput) check(now time.Time) error {
 		return invalid(expectCheckValue, "a check value has 3 bytes")
 	case in.ExpectMaterialID != nil && len(in.ExpectMaterialID) != hsm.MaterialIDLen:
 		return invalid(expectMaterialID, "a material id has 32 bytes")
+	case len(in.RequestID) > maxRequestID:
+		return invalid("RequestId", fmt.Sprintf("at most %d bytes", maxRequestID))
 	case in.ExpireAt.IsZero():
 		return nil
 	case in.ExpireAt.Nanosecond() != 0 || in.ExpireAt.UTC().Year() > 9999:
@@ -240,7 +243,7 @@ func (e *Engine) unwrap(ctx context.Context, in *ImportInput, a *admitted) (hsm.
 var errOtherMaterial = errors.New("engine: other key material")
 
 // commitImport makes the import durable in one transaction: material, identity,
-// expiry and state. It returns errOtherMaterial and store.ErrConflict as they
+// expiry, state and the entry in the log of receipts. It returns errOtherMaterial and store.ErrConflict as they
 // are.
 func (e *Engine) commitImport(ctx context.Context, in *ImportInput, a *admitted, imported *hsm.Imported) error {
 	row := a.row
@@ -274,7 +277,7 @@ func (e *Engine) commitImport(ctx context.Context, in *ImportInput, a *admitted,
 	row.WrappingAlgorithm = string(a.token.algorithm)
 	row.PairID = a.token.pair[:]
 	row.PairFingerprint = a.token.fingerprint[:]
-	if err := e.commitRow(ctx, row); err != nil {
+	if err := e.commitRow(ctx, row, importEntry(in, a, imported)); err != nil {
 		return err
 	}
 	a.row = row

@@ -10,6 +10,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/keyferry/keyferry/engine/receipt"
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 )
@@ -195,7 +196,7 @@ func (e *Engine) change(ctx context.Context, keyID string, op operation, edit fu
 		if bytes.Equal(encodeRow(&row), encodeRow(&stored)) {
 			return nil
 		}
-		err = e.commitRow(ctx, row)
+		err = e.commitRow(ctx, row, e.deletionEntry(&stored, &row))
 		if !errors.Is(err, store.ErrConflict) {
 			return err
 		}
@@ -203,16 +204,23 @@ func (e *Engine) change(ctx context.Context, keyID string, op operation, edit fu
 	return &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
 }
 
-// commitRow writes the next revision of a row and then closes what was open of
-// the one before, so that when it returns nobody starts to use that. It
-// returns store.ErrConflict as it is.
-func (e *Engine) commitRow(ctx context.Context, row store.Key) error {
+// commitRow writes the next revision of a row, with an entry of the log of
+// receipts if there is one, and then closes what was open of the one before, so
+// that when it returns nobody starts to use that. It returns store.ErrConflict
+// as it is.
+func (e *Engine) commitRow(ctx context.Context, row store.Key, entry *receipt.Entry) error {
 	row.Revision++
+	update := store.Update{}
+	if entry != nil {
+		update.Receipt = e.enter(&row, entry)
+	}
 	if err := e.sealRow(ctx, &row); err != nil {
 		return err
 	}
+	finish(update.Receipt, &row)
+	update.Key = row
 	err := e.detach(ctx, func(ctx context.Context) error {
-		err := e.store.UpdateKey(ctx, store.Update{Key: row})
+		err := e.store.UpdateKey(ctx, update)
 		e.cache.drop(row.KeyID, row.KeyVersionID)
 		return err
 	})

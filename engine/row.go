@@ -2,6 +2,7 @@ package engine
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"log/slog"
 	"time"
@@ -10,12 +11,16 @@ import (
 	"github.com/keyferry/keyferry/hsm"
 )
 
-// rowDomain labels the MAC of a CMK's row.
-const rowDomain = "keyferry/row/v1"
+// rowDomain labels the MAC of a CMK's row that has no receipt yet,
+// receiptDomain that of one that has, and of the entry it points to.
+const (
+	rowDomain     = "keyferry/row/v1"
+	receiptDomain = "keyferry/row/v2"
+)
 
 // encodeRow is what the MAC of a row is over: a record of every column but the
-// MAC, in an order that never changes. Nil and empty are the same here, and
-// wherever the engine reads a row.
+// MAC and the receipt, in an order that never changes. Nil and empty are the
+// same here, and wherever the engine reads a row.
 func encodeRow(row *store.Key) []byte {
 	b := make([]byte, 0, 512+len(row.Description))
 	b = appendField(b, row.KeyID)
@@ -37,9 +42,27 @@ func encodeRow(row *store.Key) []byte {
 	return appendField(b, row.PairFingerprint)
 }
 
+// authenticated is what the MAC of a row is over: encodeRow, or, of a row with a
+// receipt, a record of the SHA-256 of encodeRow and the hash of the receipt's
+// entry. So one MAC is for both: whoever has the digest of the row and the
+// entry can verify it too, when the row has long changed.
+func authenticated(row *store.Key) (domain string, record []byte) {
+	encoded := encodeRow(row)
+	if len(row.Receipt) == 0 {
+		return rowDomain, encoded
+	}
+	digest := sha256.Sum256(encoded)
+	return receiptDomain, receiptRecord(digest[:], row.Receipt)
+}
+
+func receiptRecord(rowDigest, entryHash []byte) []byte {
+	return appendField(appendField(nil, rowDigest), entryHash)
+}
+
 // sealRow puts the MAC on a row that is about to be written.
 func (e *Engine) sealRow(ctx context.Context, row *store.Key) error {
-	mac, err := e.authority.sign(ctx, rowDomain, encodeRow(row))
+	domain, record := authenticated(row)
+	mac, err := e.authority.sign(ctx, domain, record)
 	if err != nil {
 		return tokenError(err)
 	}
@@ -50,7 +73,8 @@ func (e *Engine) sealRow(ctx context.Context, row *store.Key) error {
 // verifyRow refuses a row that this token did not write in exactly this form.
 // Nothing of a row is believed before.
 func (e *Engine) verifyRow(ctx context.Context, row *store.Key) error {
-	err := e.authority.verify(ctx, rowDomain, encodeRow(row), row.MAC)
+	domain, record := authenticated(row)
+	err := e.authority.verify(ctx, domain, record, row.MAC)
 	if errors.Is(err, hsm.ErrUntrusted) {
 		e.log.LogAttrs(ctx, slog.LevelError, "the row of a key was changed by someone else; it is refused",
 			slog.String("key_id", row.KeyID), slog.Int64("revision", row.Revision))

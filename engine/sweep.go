@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"time"
 
+	"github.com/keyferry/keyferry/engine/receipt"
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 )
@@ -32,8 +33,8 @@ func (e *Engine) sweepEvery(ctx context.Context, interval time.Duration) {
 }
 
 // Sweep makes durable what time has done: it destroys expired material, CMKs
-// past their deletion and pairs past their last token, forgets old nonces and
-// writes down the counts of uses. Whether something is expired never depends
+// past their deletion and pairs past their last token, forgets old nonces,
+// writes down the counts of uses and signs the log of receipts. Whether something is expired never depends
 // on it. What fails does not keep the rest from being done.
 func (e *Engine) Sweep(ctx context.Context) error {
 	select {
@@ -54,6 +55,7 @@ func (e *Engine) Sweep(ctx context.Context) error {
 		e.sweepPairs(ctx, now),
 		e.store.DeleteNonces(ctx, now),
 		e.usage.flush(ctx),
+		e.sweepLog(ctx, now),
 	)
 }
 
@@ -74,7 +76,8 @@ func (e *Engine) sweepKeys(ctx context.Context, now time.Time) error {
 			if skipped[rows[i].KeyID] {
 				continue
 			}
-			row := digest(rowDomain, encodeRow(&rows[i]), rows[i].MAC)
+			domain, record := authenticated(&rows[i])
+			row := digest(domain, record, rows[i].MAC)
 			err := hsm.ErrUntrusted
 			if !e.spoilt[row] { // which would be logged again every second
 				err = e.sweepKey(ctx, &rows[i], now)
@@ -107,10 +110,20 @@ func (e *Engine) sweepKey(ctx context.Context, stored *store.Key, now time.Time)
 	}
 	row, there := asOf(*stored, now)
 	if there {
-		return e.commitRow(ctx, row)
+		return e.commitRow(ctx, row, e.deletionEntry(stored, &row))
+	}
+	deletion := store.Deletion{KeyID: stored.KeyID, Revision: stored.Revision}
+	if len(stored.MaterialID) > 0 { // what never had any leaves no trace
+		last := *stored
+		last.Revision++
+		deletion.Receipt = e.enter(&last, &receipt.Entry{Kind: receipt.Deletion, Reason: receipt.KeyDeleted})
+		if err := e.sealRow(ctx, &last); err != nil {
+			return err
+		}
+		finish(deletion.Receipt, &last)
 	}
 	err := e.detach(ctx, func(ctx context.Context) error {
-		err := e.store.DeleteKey(ctx, store.Deletion{KeyID: stored.KeyID, Revision: stored.Revision})
+		err := e.store.DeleteKey(ctx, deletion)
 		e.cache.drop(stored.KeyID, stored.KeyVersionID)
 		return err
 	})

@@ -76,6 +76,9 @@ type ImportInput struct {
 	// answer is InvalidKeyMaterial.
 	ExpectCheckValue []byte // nil, or 3 bytes by the algorithm of the CMK's spec
 	ExpectMaterialID []byte // nil, or 32 bytes
+
+	// RequestID names the request in the log of receipts. "": it has none.
+	RequestID string
 }
 
 // DataKeyInput asks for a data key. NumberOfBytes wins over Spec.

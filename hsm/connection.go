@@ -26,6 +26,7 @@ type connection struct {
 	sm        sm
 	vaults    map[MaterialSpec]*vault // never changed once made
 	mac       p11.Handle
+	receipt   *signer // nil: none is pinned
 	measured  *p11.Template
 	pairs     sync.Map          // PairID → *pair
 	residents sync.Map          // ObjectID → *verifiedResident

@@ -30,6 +30,11 @@ type Imported struct {
 	Material   Material
 	Identity   Identity
 	CheckValue CheckValue // SM4 material has an AES-ECB one where the token has no SM4
+
+	// Attributes of the object that came out of the customer's unwrap, as the
+	// token reported them, in words of the form CKA_SENSITIVE=true. They are
+	// shared; do not change them.
+	Attributes []string
 }
 
 // Import unwraps material in the token, measures it, seals it and destroys it,
@@ -96,6 +101,10 @@ func (c *connection) admit(s *session, p *pair, take func() (Imported, error)) (
 	return Imported{}, ErrInvalidMaterial
 }
 
+// measuredAttributes are the attributes of an unwrapped object that is not
+// refused: it reads back exactly as it was asked for.
+var measuredAttributes = describe(measured())
+
 // blobRoom holds every RFC 3394 blob that is made here.
 const blobRoom = 64
 
@@ -148,6 +157,7 @@ func (c *connection) unwrapMeasureSeal(s *session, p *pair, req ImportRequest) (
 	if len(blob) != req.Spec.Len()+8 {
 		return Imported{}, errLength
 	}
+	out.Attributes = measuredAttributes
 	out.Material = Material{Custody: Sealed, Spec: req.Spec, Vault: v.fingerprint, Ref: blob}
 	out.CheckValue = CheckValue{Algorithm: CheckValueAES, Value: out.Identity.KCV}
 	if req.Spec == SM4 && v == c.vaults[SM4] {

@@ -1,12 +1,11 @@
 package hsm
 
 import (
-	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/sha256"
 	"crypto/x509"
-	"encoding/asn1"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -71,7 +70,7 @@ func (c *connection) findKeys(s *p11.Session) error {
 	} else {
 		return fmt.Errorf("%w: the token has no MAC key %s; run init, or correct the pin", ErrUnavailable, pins.MACKey)
 	}
-	return nil
+	return c.findReceiptKey(s)
 }
 
 // findVaults reads back every object with CKA_TRUSTED and returns the vault
@@ -173,9 +172,18 @@ func macKeys(s *p11.Session) (fingerprints []Fingerprint, handles []p11.Handle, 
 	return fingerprints, handles, nil
 }
 
-// findReceiptKeys returns the receipt keys, by the public half whose private
-// half reads back as ours and signs for it.
-func findReceiptKeys(s *p11.Session) ([]Fingerprint, error) {
+// findReceiptKeys returns the fingerprints of receiptKeys.
+func findReceiptKeys(s *p11.Session) (list []Fingerprint, err error) {
+	keys, err := receiptKeys(s)
+	for _, key := range keys {
+		list = append(list, key.fingerprint())
+	}
+	return list, err
+}
+
+// receiptKeys returns the receipt keys, by the public half whose private half
+// reads back as ours and signs for it, and those that it found before an error.
+func receiptKeys(s *p11.Session) (keys []*signer, err error) {
 	handles, err := s.FindObjects(p11.NewTemplate(
 		p11.ULong(p11.Class, p11.ClassPrivateKey),
 		p11.Bool(p11.OnToken, true),
@@ -184,11 +192,11 @@ func findReceiptKeys(s *p11.Session) ([]Fingerprint, error) {
 	if err != nil {
 		return nil, err
 	}
-	var out []Fingerprint
+	var untrusted error
 	for _, h := range handles {
 		values, err := s.Attributes(h, p11.ID)
 		if err != nil {
-			return nil, err
+			return keys, err
 		}
 		id := values[p11.ID]
 		_, private := receiptKey(id)
@@ -196,12 +204,16 @@ func findReceiptKeys(s *p11.Session) ([]Fingerprint, error) {
 			continue
 		}
 		spki, err := receiptSPKI(s, h, id)
-		if err != nil {
-			return nil, err
+		switch {
+		case errors.Is(err, ErrUntrusted): // a lookalike must not hide what comes after it
+			untrusted = err
+		case err != nil:
+			return keys, err
+		default:
+			keys = append(keys, &signer{h, spki})
 		}
-		out = append(out, sha256.Sum256(spki))
 	}
-	return out, nil
+	return keys, untrusted
 }
 
 // receiptSPKI finds the public half that verifies what the private half signs:
@@ -239,17 +251,6 @@ func parseECPoint(der []byte) (*ecdsa.PublicKey, error) {
 
 // verifyRaw verifies r ‖ s, as PKCS#11 has ECDSA signatures.
 func verifyRaw(pub *ecdsa.PublicKey, digest, sig []byte) bool {
-	if len(sig) != 64 {
-		return false
-	}
-	der, err := asn1.Marshal(struct{ R, S asn1.RawValue }{derInteger(sig[:32]), derInteger(sig[32:])})
+	der, err := signatureDER(sig)
 	return err == nil && ecdsa.VerifyASN1(pub, digest, der)
-}
-
-func derInteger(b []byte) asn1.RawValue {
-	b = bytes.TrimLeft(b, "\x00")
-	if len(b) == 0 || b[0] >= 0x80 {
-		b = append([]byte{0}, b...)
-	}
-	return asn1.RawValue{Tag: asn1.TagInteger, Bytes: b}
 }
