@@ -23,6 +23,11 @@ var actions = map[string]action{
 	"ImportKeyMaterial":      (*Handler).importKeyMaterial,
 	"DeleteKeyMaterial":      onKey(Engine.DeleteKeyMaterial),
 
+	"GetImportReceipt":   (*Handler).getImportReceipt,
+	"ListImportReceipts": (*Handler).listImportReceipts,
+	"GetReceiptLogHead":  (*Handler).getReceiptLogHead,
+	"GetReceiptLog":      (*Handler).getReceiptLog,
+
 	"Encrypt":                         dry((*Handler).encrypt),
 	"Decrypt":                         dry((*Handler).decrypt),
 	"GenerateDataKey":                 dry((*Handler).generateDataKey),

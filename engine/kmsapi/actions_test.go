@@ -92,6 +92,7 @@ func TestDescribeKeyAfterImport(t *testing.T) {
 var (
 	managing = map[string]map[string]string{
 		"EnableKey": nil, "DisableKey": nil, "CancelKeyDeletion": nil, "DeleteKeyMaterial": nil,
+		"GetImportReceipt": nil, "ListImportReceipts": nil,
 		"ScheduleKeyDeletion":    params("PendingWindowInDays", "7"),
 		"GetParametersForImport": params("WrappingAlgorithm", "RSAES_OAEP_SHA_1", "WrappingKeySpec", "RSA_2048"),
 		"ImportKeyMaterial":      params("EncryptedKeyMaterial", "YQ==", "ImportToken", "YQ=="),
@@ -191,6 +192,7 @@ func TestImportKeyMaterial(t *testing.T) {
 	require.Equal(t, http.StatusOK, status, fields)
 	require.Len(t, fields, 1, "RequestId only")
 	in := s.engine.last.(engine.ImportInput)
+	require.Equal(t, fields["RequestId"], in.RequestID)
 	require.Equal(t, "some", string(in.EncryptedKeyMaterial))
 	require.Equal(t, "token", string(in.ImportToken))
 	require.Equal(t, time.Date(2030, 1, 1, 0, 0, 0, 0, time.UTC), in.ExpireAt)

@@ -69,6 +69,7 @@ var kinds = map[engine.Kind]failure{
 	engine.InvalidCiphertext:  {status: 400, code: "InvalidParameter", message: "The specified parameter CiphertextBlob is not valid."},
 	engine.KeyNotFound:        {status: 404, code: "Forbidden.KeyNotFound", message: "The specified Key is not found."},
 	engine.AliasNotFound:      {status: 404, code: "Forbidden.AliasNotFound", message: "The specified Alias is not found."},
+	engine.ReceiptNotFound:    {status: 404, code: "Forbidden.ReceiptNotFound", message: "The specified Receipt is not found."},
 	engine.UnsupportedOrigin:  {status: 400, code: "Unsupported.Origin", message: "This key origin is not valid for this api."},
 	engine.UnsupportedAlias:   {status: 400, code: "Unsupported.Alias", message: "Alias is not valid for this api."},
 	engine.UnsupportedOp:      {status: 400, code: "Rejected.UnsupportedOperation", message: "Unsupported operation."},

@@ -30,6 +30,7 @@ func TestEveryKindOnTheWire(t *testing.T) {
 		engine.InvalidCiphertext:  {400, "InvalidParameter", "The specified parameter CiphertextBlob is not valid."},
 		engine.KeyNotFound:        {404, "Forbidden.KeyNotFound", "The specified Key is not found."},
 		engine.AliasNotFound:      {404, "Forbidden.AliasNotFound", "The specified Alias is not found."},
+		engine.ReceiptNotFound:    {404, "Forbidden.ReceiptNotFound", "The specified Receipt is not found."},
 		engine.UnsupportedOrigin:  {400, "Unsupported.Origin", "This key origin is not valid for this api."},
 		engine.UnsupportedAlias:   {400, "Unsupported.Alias", "Alias is not valid for this api."},
 		engine.UnsupportedOp:      {400, "Rejected.UnsupportedOperation", "Unsupported operation."},

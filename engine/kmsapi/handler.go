@@ -15,7 +15,8 @@
 //
 // Beyond the published API, ImportKeyMaterial takes ExpectKeyCheckValue and
 // ExpectKeyMaterialId (hexadecimal), and DescribeKey answers KeyMaterialId,
-// KeyCheckValue and KeyCheckValueAlgorithm.
+// KeyCheckValue and KeyCheckValueAlgorithm. GetImportReceipt,
+// ListImportReceipts, GetReceiptLogHead and GetReceiptLog are Keyferry's own.
 package kmsapi
 
 import (
@@ -33,6 +34,7 @@ import (
 
 	"github.com/keyferry/keyferry/engine"
 	"github.com/keyferry/keyferry/engine/acs"
+	"github.com/keyferry/keyferry/engine/receipt"
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 )
@@ -53,6 +55,11 @@ type Engine interface {
 	GetParametersForImport(ctx context.Context, keyID string, spec hsm.PairSpec, alg hsm.Algorithm) (engine.ImportParameters, error)
 	ImportKeyMaterial(ctx context.Context, in engine.ImportInput) (engine.KeyMetadata, error)
 	DeleteKeyMaterial(ctx context.Context, keyID string) error
+
+	Receipt(ctx context.Context, in engine.ReceiptInput) (*receipt.Receipt, error)
+	KeyReceipts(ctx context.Context, keyID string, offset, limit int) (list []engine.KeyReceipt, total int, err error)
+	LogHead(ctx context.Context) (engine.LogHead, error)
+	LogEntries(ctx context.Context, from int64, limit int) ([]receipt.LogEntry, error)
 
 	Encrypt(ctx context.Context, keyID string, plaintext []byte, encctx map[string]string) (engine.Ciphertext, error)
 	Decrypt(ctx context.Context, blob []byte, encctx map[string]string) (engine.Plaintext, error)

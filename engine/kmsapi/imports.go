@@ -43,6 +43,7 @@ func (h *Handler) importKeyMaterial(ctx context.Context, in *input) (body, error
 		ExpireAt:             in.unixTime("KeyMaterialExpireUnix"),
 		ExpectCheckValue:     in.hex(expectKeyCheckValue, hsm.KCVLen),
 		ExpectMaterialID:     in.hex(expectMaterialID, hsm.MaterialIDLen),
+		RequestID:            in.call.requestID,
 	}
 	if in.err != nil {
 		return nil, in.err

@@ -20,6 +20,7 @@ import (
 	"github.com/keyferry/keyferry/engine"
 	"github.com/keyferry/keyferry/engine/acs"
 	"github.com/keyferry/keyferry/engine/kmsapi"
+	"github.com/keyferry/keyferry/engine/receipt"
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 )
@@ -89,6 +90,30 @@ func (s *stubEngine) ImportKeyMaterial(_ context.Context, in engine.ImportInput)
 
 func (s *stubEngine) DeleteKeyMaterial(_ context.Context, id string) error {
 	return s.called("DeleteKeyMaterial", id, nil)
+}
+
+func (s *stubEngine) Receipt(_ context.Context, in engine.ReceiptInput) (*receipt.Receipt, error) {
+	r := &receipt.Receipt{
+		Index: 3, Entry: []byte("entry\nof two lines\n"), EntryHash: receipt.Hash{1}, Proof: []receipt.Hash{{2}, {3}},
+		Head: []byte("head\n"), PublicKey: []byte("spki"),
+	}
+	if in.Since > 0 {
+		r.Since = &receipt.Consistency{Size: in.Since, Proof: []receipt.Hash{{4}}}
+	}
+	return r, s.called("GetImportReceipt", in.KeyID, in)
+}
+
+func (s *stubEngine) KeyReceipts(_ context.Context, id string, offset, limit int) ([]engine.KeyReceipt, int, error) {
+	return []engine.KeyReceipt{{Index: -1, Entry: []byte("entry\n")}}, 7, s.called("ListImportReceipts", id, [2]int{offset, limit})
+}
+
+func (s *stubEngine) LogHead(context.Context) (engine.LogHead, error) {
+	return engine.LogHead{Head: []byte("head\n"), Size: 4, PublicKey: []byte("spki")}, s.called("GetReceiptLogHead", "", nil)
+}
+
+func (s *stubEngine) LogEntries(_ context.Context, from int64, limit int) ([]receipt.LogEntry, error) {
+	return []receipt.LogEntry{{Index: from, Hash: receipt.Hash{1}, Entry: []byte("entry\n")}, {Index: from + 1, Hash: receipt.Hash{2}}},
+		s.called("GetReceiptLog", "", [2]int64{from, int64(limit)})
 }
 
 func (s *stubEngine) Encrypt(_ context.Context, id string, plaintext []byte, encctx map[string]string) (engine.Ciphertext, error) {

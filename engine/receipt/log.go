@@ -52,12 +52,25 @@ func (w *LogWriter) Write(e LogEntry) error {
 	return w.to.Encode(line)
 }
 
-// IsLog reports whether the first line of a file is that of a log.
-func IsLog(first []byte) bool {
-	var head struct {
-		Format string `json:"format"`
+// Outline is what the file of a receipt or of a log begins with. Nothing of it
+// is verified.
+type Outline struct {
+	Log       bool // it is a log, else a receipt
+	Head      []byte
+	PublicKey *PublicKey
+}
+
+// ReadOutline reads the beginning of a file. Errors wrap ErrSyntax.
+func ReadOutline(r io.Reader) (Outline, error) {
+	var in logJSON // of which a receipt has the same members
+	if err := json.NewDecoder(r).Decode(&in); err != nil {
+		return Outline{}, fmt.Errorf("%w: %w", ErrSyntax, err)
 	}
-	return json.Unmarshal(first, &head) == nil && head.Format == logFormat
+	if in.Format != logFormat && in.Format != receiptFormat {
+		return Outline{}, fmt.Errorf("%w: its format is %q", ErrSyntax, in.Format)
+	}
+	key, err := ParsePublicKey(text(in.PublicKey))
+	return Outline{Log: in.Format == logFormat, Head: text(in.Head), PublicKey: key}, err
 }
 
 // LogChecks is what a log is compared with.

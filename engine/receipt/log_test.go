@@ -197,6 +197,29 @@ func TestLogShowsUndoneRows(t *testing.T) {
 	require.EqualValues(t, 2, report.Problems[0].Index)
 }
 
+func TestReadOutline(t *testing.T) {
+	k := newKMS(t)
+	k.imports(t, "key")
+	data, err := k.receipt(t, 0).MarshalJSON()
+	require.NoError(t, err)
+	for _, tt := range []struct {
+		file string
+		log  bool
+	}{{k.logFile(t), true}, {string(data), false}} {
+		outline, err := receipt.ReadOutline(strings.NewReader(tt.file))
+		require.NoError(t, err)
+		require.Equal(t, tt.log, outline.Log)
+		require.Equal(t, k.public.SPKI(), outline.PublicKey.SPKI())
+		head, err := receipt.OpenHead(outline.Head, k.public)
+		require.NoError(t, err)
+		require.EqualValues(t, 1, head.Size)
+	}
+	for _, bad := range []string{"", "{}", `{"format":"x"}`, `{"format":"keyferry receipt v1"}`} {
+		_, err := receipt.ReadOutline(strings.NewReader(bad))
+		require.ErrorIs(t, err, receipt.ErrSyntax)
+	}
+}
+
 // A hundred problems are told, and how many more there are.
 func TestLogOfManyProblems(t *testing.T) {
 	k := newKMS(t)
