@@ -14,9 +14,6 @@ import (
 // maxRequestID bounds ImportInput.RequestID, in bytes.
 const maxRequestID = 128
 
-// custodies are the names that entries give to them.
-var custodies = map[hsm.Custody]string{hsm.Sealed: "sealed"}
-
 // importEntry is what an import says of itself. commitRow adds what is the same
 // for every entry.
 func importEntry(in *ImportInput, a *admitted, imported *hsm.Imported) *receipt.Entry {
@@ -27,7 +24,7 @@ func importEntry(in *ImportInput, a *admitted, imported *hsm.Imported) *receipt.
 		WrappingKey:       a.token.fingerprint,
 		Ciphertext:        sha256.Sum256(in.EncryptedKeyMaterial),
 		ExpireAt:          in.ExpireAt.UTC(),
-		Custody:           custodies[imported.Material.Custody],
+		Custody:           imported.Material.Custody.String(),
 		Attributes:        imported.Attributes,
 	}
 }

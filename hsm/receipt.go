@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/asn1"
 	"encoding/binary"
+	"encoding/hex"
 	"fmt"
 	"slices"
 	"strconv"
@@ -120,6 +121,10 @@ func describeValue(a p11.Attr) string {
 			list = append(list, fmt.Sprintf("0x%X", binary.NativeEndian.Uint64(ulong)))
 		}
 		return strings.Join(list, ",")
+	case a.Type == p11.Label:
+		return string(value)
+	case a.Type == p11.ID:
+		return hex.EncodeToString(value)
 	case len(value) == 1:
 		return strconv.FormatBool(value[0] != 0)
 	case len(value) == 8:
@@ -133,6 +138,6 @@ func describeValue(a p11.Attr) string {
 		}
 		return fmt.Sprintf("0x%X", n)
 	default:
-		return fmt.Sprintf("%x", value)
+		return hex.EncodeToString(value)
 	}
 }

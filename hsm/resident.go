@@ -118,7 +118,8 @@ func (c *connection) unwrapMeasureKeep(s *session, p *pair, req ResidentRequest)
 	if err != nil {
 		return Imported{}, err
 	}
-	tmpl := p11.NewTemplate(residentObject(req.ID, residentLabel{req.Instance, req.Now, req.Context})...)
+	attrs := residentObject(req.ID, residentLabel{req.Instance, req.Now, req.Context})
+	tmpl := p11.NewTemplate(attrs...)
 	key, err := s.Unwrap(params, p.handle, wrapped, tmpl)
 	switch {
 	case errors.Is(err, p11.DeviceMemory):
@@ -151,7 +152,10 @@ func (c *connection) unwrapMeasureKeep(s *session, p *pair, req ResidentRequest)
 	if err := hasLength(s.Session, key, req.Spec.Len()); err != nil {
 		return Imported{}, err
 	}
-	out := Imported{Material: Material{Custody: Resident, Spec: req.Spec, Ref: append([]byte(nil), req.ID[:]...)}}
+	out := Imported{
+		Material:   Material{Custody: Resident, Spec: req.Spec, Ref: append([]byte(nil), req.ID[:]...)},
+		Attributes: describe(attrs), // it reads back so
+	}
 	if out.Identity, err = measure(s.Session, key, req.Context); err != nil {
 		return Imported{}, c.own("measuring", err)
 	}
