@@ -119,22 +119,30 @@ func (t *Token) connect() (_ *connection, shown bool, err error) {
 	}
 	s := <-c.keepers
 	defer func() { c.keepers <- s }()
-	if known := t.caps.Load(); known != nil {
-		c.sm = known.sm
-	} else if c.sm, err = findProfile(t.mod, c.slot, s, t.cfg.Profile, t.cfg.Profiles); err != nil {
-		return nil, shown, fault("find the token's profile", err)
-	}
-	if err := c.findKeys(s); err != nil {
-		return nil, shown, fault("find the token's keys", err)
-	}
-	// A token that comes back is the same: its serial and keys are pinned.
-	if c.caps = t.caps.Load(); c.caps == nil {
-		if c.caps, err = c.probe(s); err != nil {
-			return nil, shown, fault("probe the token", err)
-		}
+	if err := t.verify(c, s); err != nil {
+		return nil, shown, err
 	}
 	c.born = time.Now()
 	return c, shown, nil
+}
+
+// verify finds what the connection works with, and insists that it is ours.
+func (c *connection) verify(s *p11.Session) (err error) {
+	if known := c.t.caps.Load(); known != nil {
+		c.sm = known.sm
+	} else if c.sm, err = findProfile(c.t.mod, c.slot, s, c.t.cfg.Profile, c.t.cfg.Profiles); err != nil {
+		return fault("find the token's profile", err)
+	}
+	if err := c.findKeys(s); err != nil {
+		return fault("find the token's keys", err)
+	}
+	// A token that comes back is the same: its serial and keys are pinned.
+	if c.caps = c.t.caps.Load(); c.caps == nil {
+		if c.caps, err = c.probe(s); err != nil {
+			return fault("probe the token", err)
+		}
+	}
+	return nil
 }
 
 // findToken finds the one token of a label, and insists on the serial. An

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/rand"
 	"crypto/rsa"
+	"errors"
 	"math/big"
+	"slices"
 
 	"github.com/miekg/pkcs11"
 
@@ -95,4 +97,18 @@ func LoseForTest(t *Token) {
 	if c := t.conn.Load(); c != nil {
 		t.lost(c, errConnectionLost)
 	}
+}
+
+// OpenHalfForTest opens what carries no CKM_AES_KEY_WRAP, such as the RPC of
+// p11-kit: the pool, the MAC key and the search for pairs, without vaults.
+func OpenHalfForTest(ctx context.Context, cfg Config) (*Token, error) {
+	return openBy(ctx, cfg, func(c *connection, s *p11.Session) error {
+		macs, handles, err := macKeys(s)
+		i := slices.Index(macs, cfg.Pins.MACKey)
+		if err != nil || i < 0 {
+			return fault("find half of the token's keys", errors.Join(err, ErrUnavailable))
+		}
+		c.mac, c.caps = handles[i], &capabilities{wrapping: map[Algorithm]error{OAEPSHA1: nil}, maxModulus: RSA2048.Bits()}
+		return nil
+	})
 }

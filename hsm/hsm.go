@@ -131,6 +131,8 @@ type Token struct {
 	log *slog.Logger
 	mod *p11.Module
 
+	verify func(c *connection, s *p11.Session) error // of every new connection
+
 	conn atomic.Pointer[connection]   // nil while there is none
 	caps atomic.Pointer[capabilities] // of the last connection; never nil
 
@@ -155,6 +157,10 @@ type Token struct {
 // Errors: ErrPIN, ErrUntrusted (another serial, another vault, an object with
 // CKA_TRUSTED that is not ours), ErrUnsupported, ErrUnavailable.
 func Open(ctx context.Context, cfg Config) (*Token, error) {
+	return openBy(ctx, cfg, (*connection).verify)
+}
+
+func openBy(ctx context.Context, cfg Config, verify func(*connection, *p11.Session) error) (*Token, error) {
 	if err := cfg.validate(); err != nil {
 		return nil, err
 	}
@@ -174,7 +180,7 @@ func Open(ctx context.Context, cfg Config) (*Token, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%w: %v", ErrUnavailable, err)
 	}
-	t := &Token{cfg: cfg, log: cfg.Logger, mod: mod, back: make(chan struct{}), closed: make(chan struct{})}
+	t := &Token{cfg: cfg, log: cfg.Logger, mod: mod, back: make(chan struct{}), closed: make(chan struct{}), verify: verify}
 	return within(ctx, t.open, func(late *Token, err error) {
 		if err == nil {
 			_ = late.Close() // nobody learns of it

@@ -51,15 +51,14 @@ func Load(path string) (*Module, error) {
 	defer loaded.Unlock()
 	m := loaded.modules[path]
 	if m == nil {
-		f, err := open(path)
-		if err != nil {
+		if _, err := open(path); err != nil {
 			return nil, err
 		}
 		ctx := pkcs11.New(path)
 		if ctx == nil {
 			return nil, fmt.Errorf("cryptoki: cannot load %s", path)
 		}
-		m = &Module{path: path, ctx: ctx, f: f}
+		m = &Module{path: path, ctx: ctx, f: functionsOf(ctx)}
 		loaded.modules[path] = m
 	}
 	m.mu.Lock()
@@ -85,6 +84,21 @@ func open(path string) (*C.ck_functions, error) {
 		return nil, fmt.Errorf("cryptoki: cannot load the PKCS#11 module: %s", C.GoString(why))
 	}
 	return nil, fmt.Errorf("cryptoki: %s is not a PKCS#11 module", path)
+}
+
+// functionsOf returns the functions that miekg/pkcs11 calls, so that all calls
+// go to one instance of the module: some, p11-kit's client among them, make
+// another at each C_GetFunctionList. A Ctx holds a pointer to
+//
+//	struct ctx { void *handle; CK_FUNCTION_LIST_PTR sym; };
+//
+// which it does not export. go.mod pins the version in which this is so.
+func functionsOf(ctx *pkcs11.Ctx) *C.ck_functions {
+	inner := *(**struct {
+		handle unsafe.Pointer
+		sym    *C.ck_functions
+	})(unsafe.Pointer(ctx))
+	return inner.sym
 }
 
 // initialize is called with mu held.
