@@ -84,6 +84,7 @@ missing() {
   PATH="$deps/usr/bin:$PATH" command -v openssl >/dev/null || echo openssl
   command -v "${CC:-gcc}" >/dev/null || echo gcc libc6-dev
   spy >/dev/null || echo opensc-pkcs11
+  PATH="$deps/usr/bin:$PATH" command -v p11-kit >/dev/null || echo p11-kit p11-kit-modules
   if [ "$purpose" = test ]; then
     postgres >/dev/null || echo postgresql
   fi
