@@ -108,6 +108,8 @@ var hints = map[string]string{
 	"Forbidden.KeyNotFound":        "check --key-id, --region and --endpoint",
 	"Forbidden.NoPermission":       "the access key may not do this: ask who manages it",
 	"ExpiredImportToken":           "import parameters are good for 24 hours: run the command again",
+	"Forbidden.ReceiptNotFound":    "nothing was imported into this key since its KMS keeps receipts, or not by that request",
+	"InvalidAction.NotFound":       "only keyferryd has receipts",
 	"InvalidAccessKeyId.NotFound":  "check the access key id, and that it is for this KMS",
 	"InvalidAccessKeySecret":       "check the access key secret",
 	"InvalidKeyMaterial":           "once material was imported into a key, only the same can be imported again: compare with keyferry status; for other material, make another key",

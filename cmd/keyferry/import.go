@@ -31,6 +31,7 @@ type importOptions struct {
 	pairSpec        string
 	expire          string
 	verify          bool
+	receipt         string
 	cmd             *cobra.Command // knows the flags as they were given
 }
 
@@ -61,6 +62,7 @@ Once material was imported into a key, only the same can be imported again.`,
 	f.StringVar(&o.pairSpec, "wrapping-key-spec", "", "`SPEC` of the public key to wrap under: "+strings.Join(pairSpecs, ", ")+" (default: RSA_2048, or EC_SM2 for SM2PKE)")
 	f.StringVar(&o.expire, "expire", "", "`WHEN` the material expires: 2027-01-31T00:00:00Z, or 90d or 12h from now (default: never)")
 	f.BoolVar(&o.verify, "verify", false, "have the KMS refuse material that it does not measure as this (keyferryd only)")
+	f.StringVar(&o.receipt, "receipt", "", "write the receipt of the import to `FILE` (keyferryd only); to check it: keyferry receipt verify")
 	return cmd
 }
 
@@ -100,6 +102,12 @@ func (o *importOptions) run(ctx context.Context, std *streams) error {
 	report, err := o.importInto(ctx, c, key, material, expireAt)
 	if err != nil {
 		return err
+	}
+	if o.receipt != "" {
+		if err := writeReceipt(ctx, c, o.receipt, url.Values{"KeyId": {report.KeyID}}); err != nil {
+			return withHint(fmt.Errorf("the material was imported into key %s, but no receipt was written: %w", report.KeyID, err),
+				"to fetch it: keyferry receipt get --key-id %s --out FILE", report.KeyID)
+		}
 	}
 	return o.print(std, report)
 }

@@ -48,4 +48,5 @@ func keyferryd(ts *testscript.TestScript, _ bool, _ []string) {
 	}
 	ts.Check(ready.Err())
 	ts.Setenv(credentialsVariable, filepath.Join(data, "credentials.json"))
+	ts.Setenv("KEYFERRYD", program)
 }

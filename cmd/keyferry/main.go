@@ -80,6 +80,7 @@ Key material comes from a file or a pipe, never from an argument:
 	root.SetErr(std.err)
 	root.AddCommand(
 		newGenerate(std), newKCV(std), newMaterialID(std), newWrap(std), newImport(std), newStatus(std),
+		newReceipt(std),
 	)
 	return root
 }

@@ -1,12 +1,13 @@
 // Command keyferryd serves the Alibaba Cloud KMS API on a PKCS#11 token, so
 // that customers can bring keys of their own.
 //
-//	keyferryd init     make the keys a token needs, and pin them in the configuration
-//	keyferryd migrate  bring the database to the schema of this program
-//	keyferryd serve    serve as the configuration says
-//	keyferryd dev      serve on a SoftHSM2 token of its own, with nothing set up
-//	keyferryd demo     walk through the life of a customer's key
-//	keyferryd health   ask a running server whether it is well
+//	keyferryd init         make the keys a token needs, and pin them in the configuration
+//	keyferryd migrate      bring the database to the schema of this program
+//	keyferryd serve        serve as the configuration says
+//	keyferryd dev          serve on a SoftHSM2 token of its own, with nothing set up
+//	keyferryd demo         walk through the life of a customer's key
+//	keyferryd health       ask a running server whether it is well
+//	keyferryd receipt-key  print the public key that receipts are verified with
 //
 // A command that fails writes one line to standard error, saying what is wrong
 // and what to do, and exits with status 1.
@@ -39,7 +40,7 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(initCommand(), migrateCommand(), serveCommand(), devCommand(), demoCommand(), healthCommand())
+	root.AddCommand(initCommand(), migrateCommand(), serveCommand(), devCommand(), demoCommand(), healthCommand(), receiptKeyCommand())
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
