@@ -54,7 +54,7 @@ test-races: deps ## race stock SoftHSM2 for its keys, as hsm/adversary knows how
 test-timing: deps ## compare the times of answers to an attacker's blobs, 1,000 of each kind
 	KEYFERRY_TIMING=1 $(GO) test -count=1 -v -run TestTiming -timeout 60m ./cmd/keyferryd
 
-# What the sanitizers say goes to standard error and ends the test. Leaks are for
+# What the sanitizer says goes to standard error and ends the test. Leaks are for
 # TestDestroyedObjectsAreFreed: a Go program ends without looking for them.
 asan = env LD_PRELOAD=$(shell $(CC) -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0:handle_segv=0:detect_stack_use_after_return=1
 
