@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"math/big"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 
@@ -92,16 +93,19 @@ func forms(value []byte, give func(form, text string)) {
 	}
 	windows("raw", string(value), 1, fragment)
 	windows("reversed", string(backwards), 1, fragment)
-	for name, separator := range map[string]string{"": "", ", with spaces": " ", ", with colons": ":", " of Go": ", 0x"} {
+	for name, separator := range map[string]string{"": "", ", with spaces": " ", ", with colons": ":"} {
 		text, each := hexadecimal(value, separator), 2+len(separator)
 		windows("hexadecimal"+name, text, each, each*fragment-len(separator))
-		upper := strings.ReplaceAll(strings.ToUpper(text), "0X", "0x")
-		windows("hexadecimal"+name, upper, each, each*fragment-len(separator))
+		windows("hexadecimal"+name, strings.ToUpper(text), each, each*fragment-len(separator))
 	}
-	numbers := strings.Fields(strings.Trim(fmt.Sprint(value), "[]"))
-	for i := range len(numbers) - fragment + 1 {
-		give("a list of numbers", strings.Join(numbers[i:][:fragment], " "))
-		give("a list of numbers", strings.Join(numbers[i:][:fragment], ","))
+	decimal, hexes := make([]string, len(value)), make([]string, len(value))
+	for i, b := range value {
+		decimal[i], hexes[i] = strconv.Itoa(int(b)), strconv.FormatInt(int64(b), 16)
+	}
+	for i := range len(value) - fragment + 1 {
+		give("a list of numbers", strings.Join(decimal[i:][:fragment], " "))
+		give("a list of numbers", strings.Join(decimal[i:][:fragment], ","))
+		give("Go", strings.Join(hexes[i:][:fragment], ", 0x"))
 	}
 	// Whatever stands before a value, three bytes of it in a row from one of
 	// the first three on are a group of four characters.
@@ -184,7 +188,7 @@ var writings = map[string]func(b []byte) string{
 // written down, at every offset, and nothing where there is none.
 func TestScanner(t *testing.T) {
 	t.Parallel()
-	leaked := &secret{"canary", "the canary", randomMaterial(32)}
+	leaked := &secret{"canary", "the canary", randomMaterial(16)}
 	s := newScanner([]*secret{leaked, {"other", "another", randomMaterial(256)}, {"other", "a short one", randomMaterial(16)}})
 	haystack := randomMaterial(1 << 14)
 	require.Empty(t, s.scan(haystack))
