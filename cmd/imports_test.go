@@ -53,6 +53,7 @@ var foreign = map[string][]string{
 	"github.com/jackc/pgx/v5": {"engine/store/postgres", "engine/store/postgres/pgtest"},
 	"modernc.org/sqlite":      {"engine/store/sqlite"},
 	"net/http":                {"engine/acs", "engine/kmsapi", "cmd/keyferry", "cmd/keyferryd"},
+	"github.com/prometheus/client_golang/prometheus": {"cmd/keyferryd"},
 }
 
 type goPackage struct {

@@ -43,6 +43,7 @@ type cache struct {
 	size    int
 	load    func(ctx context.Context, id keyRef) (*openKey, error)
 	discard func(*openKey)
+	used    func(cached bool)
 
 	mu      sync.Mutex
 	keys    map[keyRef]*list.Element // of *openKey, by KeyID and by KeyVersionID
@@ -58,9 +59,9 @@ type load struct {
 	stale bool  // of cache.mu: the key was dropped meanwhile
 }
 
-func newCache(size int, open func(context.Context, keyRef) (*openKey, error), discard func(*openKey)) *cache {
+func newCache(size int, open func(context.Context, keyRef) (*openKey, error), discard func(*openKey), used func(cached bool)) *cache {
 	return &cache{
-		size: size, load: open, discard: discard,
+		size: size, load: open, discard: discard, used: used,
 		keys:    make(map[keyRef]*list.Element),
 		recent:  list.New(),
 		loading: make(map[keyRef]*load),
@@ -74,6 +75,7 @@ func (c *cache) get(ctx context.Context, ref keyRef) (*openKey, error) {
 		c.mu.Lock()
 		if k := c.hit(ref); k != nil {
 			c.mu.Unlock()
+			c.used(true)
 			return k, nil
 		}
 		if c.closed {
@@ -90,6 +92,7 @@ func (c *cache) get(ctx context.Context, ref keyRef) (*openKey, error) {
 		l := &load{done: make(chan struct{})}
 		c.loading[ref] = l
 		c.mu.Unlock()
+		c.used(false)
 
 		k, err := c.fill(ctx, ref, l)
 		if k != nil || err != nil {

@@ -28,7 +28,7 @@ func newVault(size int) *vault {
 	v.cache = newCache(size, v.open, func(k *openKey) {
 		_ = k.key.Close()
 		v.discarded.Add(1)
-	})
+	}, func(bool) {})
 	return v
 }
 

@@ -48,6 +48,8 @@ type Config struct {
 	Logger *slog.Logger     // nil: discards
 	Now    func() time.Time // nil: time.Now
 
+	Observer Observer // nil: none
+
 	PoolSize  int            // ready wrapping pairs per spec and algorithm; 0: 8
 	PairBound int            // outstanding ones before they are shared; 0: 64
 	PairSpecs []hsm.PairSpec // offered if the token has them; nil: RSA_2048, EC_SM2
@@ -98,6 +100,7 @@ type Engine struct {
 	store     store.Store
 	log       *slog.Logger
 	now       func() time.Time
+	observer  Observer
 	instance  string
 	specs     []hsm.PairSpec
 	offers    []WrappingOffer
@@ -163,6 +166,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		store:         cfg.Store,
 		log:           cfg.Logger,
 		now:           cfg.Now,
+		observer:      cfg.Observer,
 		instance:      instance,
 		specs:         cfg.PairSpecs,
 		pairBound:     orDefault(cfg.PairBound, 64),
@@ -179,6 +183,9 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if e.now == nil {
 		e.now = time.Now
 	}
+	if e.observer == nil {
+		e.observer = unobserved{}
+	}
 	if e.specs == nil {
 		e.specs = []hsm.PairSpec{hsm.RSA2048, hsm.ECSM2}
 	}
@@ -191,9 +198,9 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	e.life, e.end = context.WithCancel(context.Background())
-	e.usage = newUsage(e.token, e.store, e.log)
+	e.usage = newUsage(e.token, e.store, e.log, e.observer.Warned)
 	e.authority = newAuthority(e.token, orDefault(cfg.CacheSize, 10000))
-	e.cache = newCache(orDefault(cfg.CacheSize, 10000), e.openRow, e.discardKey)
+	e.cache = newCache(orDefault(cfg.CacheSize, 10000), e.openRow, e.discardKey, e.observer.Used)
 	e.pool = newPool(orDefault(cfg.PoolSize, 8), e.life.Done())
 	e.spawn(func() { e.generate(e.life) })
 	if !cfg.ManualSweep {

@@ -34,7 +34,9 @@ func (e *Engine) ImportKeyMaterial(ctx context.Context, in ImportInput) (KeyMeta
 		return KeyMetadata{}, err
 	}
 	defer e.attempts.end(a.token.id)
-	if err := e.importMaterial(ctx, &in, a); err != nil {
+	err = e.importMaterial(ctx, &in, a)
+	e.observer.Imported(a.token.algorithm, err)
+	if err != nil {
 		waitForFloor(ctx, start, e.failureFloor)
 		if errors.Is(err, InvalidKeyMaterial) {
 			err = &Error{Kind: InvalidKeyMaterial}

@@ -49,7 +49,7 @@ func (e *Engine) Sweep(ctx context.Context) error {
 		reconciled = e.reconcilePairs(ctx)
 	}
 	e.failures.forget(now)
-	return errors.Join(
+	err := errors.Join(
 		reconciled,
 		e.sweepKeys(ctx, now),
 		e.sweepPairs(ctx, now),
@@ -57,6 +57,8 @@ func (e *Engine) Sweep(ctx context.Context) error {
 		e.usage.flush(ctx),
 		e.sweepLog(ctx, now),
 	)
+	e.observer.Swept(err)
+	return err
 }
 
 // sweepKeys goes on until no CMK is due. One that cannot be swept, because its
@@ -84,6 +86,7 @@ func (e *Engine) sweepKeys(ctx context.Context, now time.Time) error {
 			}
 			switch {
 			case err == nil:
+				e.observer.SweptKey()
 				continue
 			case errors.Is(err, Unavailable):
 				return errors.Join(failed, err)
@@ -154,7 +157,9 @@ func (e *Engine) sweepPairs(ctx context.Context, now time.Time) error {
 			if err := e.destroyPair(ctx, id); err != nil {
 				skipped[id] = true
 				failed = errors.Join(failed, fmt.Errorf("wrapping pair %s: %w", pairName(id), err))
+				continue
 			}
+			e.observer.SweptPair()
 		}
 		if len(due) < limit || ctx.Err() != nil {
 			return failed

@@ -44,6 +44,7 @@ type usage struct {
 	token *hsm.Token
 	store store.Store
 	log   *slog.Logger
+	seen  func() // that a warning was given
 
 	budget    uint64 // gcmBudget
 	unwritten uint64 // maxUnwritten
@@ -69,9 +70,9 @@ type counter struct {
 	holders int // of usage.mu: how many open keys count with it
 }
 
-func newUsage(token *hsm.Token, st store.Store, log *slog.Logger) *usage {
+func newUsage(token *hsm.Token, st store.Store, log *slog.Logger, seen func()) *usage {
 	return &usage{
-		token: token, store: st, log: log,
+		token: token, store: st, log: log, seen: seen,
 		budget:    gcmBudget,
 		unwritten: maxUnwritten,
 		booting:   make(chan struct{}, 1),
@@ -324,6 +325,7 @@ func (c *counter) warn(ctx context.Context, uses uint64) {
 }
 
 func (c *counter) announce(ctx context.Context, uses uint64) {
+	c.usage.seen()
 	c.usage.log.LogAttrs(ctx, slog.LevelWarn, "a key nears the number of encryptions that AES-GCM allows; plan its successor",
 		slog.String("key_id", c.keyID), slog.Uint64("uses", uses), slog.Uint64("allowed", c.usage.budget))
 }

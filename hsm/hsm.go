@@ -136,6 +136,8 @@ type Token struct {
 	conn atomic.Pointer[connection]   // nil while there is none
 	caps atomic.Pointer[capabilities] // of the last connection; never nil
 
+	losses, returns atomic.Uint64 // of the token, for Stats
+
 	mu     sync.Mutex    // guards what follows
 	back   chan struct{} // closed when conn or end is set; made anew when conn is lost
 	away   error         // why there is no connection, while there is none

@@ -50,6 +50,7 @@ func (t *Token) lost(c *connection, why error) {
 	}
 	c.kill()
 	t.conn.Store(nil)
+	t.losses.Add(1)
 	t.back = make(chan struct{})
 	t.away = why
 	t.log.Error("token lost; opening it again", "token", t.cfg.Label, "cause", why)
@@ -119,6 +120,7 @@ func (t *Token) settle(c *connection, shown bool, err error) bool {
 	case err == nil:
 		t.caps.Store(c.caps)
 		t.conn.Store(c)
+		t.returns.Add(1)
 		close(t.back)
 		t.log.Info("token is back", "token", t.cfg.Label)
 		return true

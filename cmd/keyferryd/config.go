@@ -29,6 +29,8 @@ type config struct {
 	Store          storeConfig `yaml:"store"`
 	Pairs          pairsConfig `yaml:"wrapping_pairs,omitempty"`
 	Log            logConfig   `yaml:"log,omitempty"`
+
+	Metrics metricsConfig `yaml:"metrics,omitempty"`
 }
 
 type tlsConfig struct {
@@ -92,6 +94,12 @@ type pairsConfig struct {
 	Specs       []hsm.PairSpec `yaml:"specs,omitempty"`
 	Ready       int            `yaml:"ready,omitempty"`       // kept ready, for each spec and algorithm
 	Outstanding int            `yaml:"outstanding,omitempty"` // before pairs are shared
+}
+
+// metricsConfig is off unless it says where to listen, which is never where the
+// API is: whoever reaches it reads how many keys there are and what fails.
+type metricsConfig struct {
+	Listen string `yaml:"listen,omitempty"` // host:port, plain HTTP
 }
 
 type logConfig struct {

@@ -34,6 +34,7 @@ token:
 store: {sqlite: db}
 wrapping_pairs: {specs: [RSA_2048, RSA_4096], ready: 2, outstanding: 3}
 log: {level: warn, format: json}
+metrics: {listen: "127.0.0.1:9464"}
 `
 
 func TestLoadConfig(t *testing.T) {
@@ -90,6 +91,7 @@ access_keys: [{id: one, secret_file: x}, {id: one, secret_file: y}, {id: two}]
 token: {sessions: -1}
 wrapping_pairs: {specs: [RSA_1024], ready: -1}
 log: {level: loud, format: xml}
+metrics: {listen: somewhere}
 `))
 	require.NoError(t, err)
 	text := cfg.validate().Error()
@@ -97,8 +99,18 @@ log: {level: loud, format: xml}
 		"token.module is missing", "token.label is missing", "token.user_pin_file is missing", "listen must be host:port",
 		`run "keyferryd init"`, "store.sqlite is missing", `"one" is there twice`, "access_keys[2] needs id and secret_file",
 		"region is part of ARNs", "RSA_1024", "token.sessions is negative", "wrapping_pairs.ready is negative", "log.level", "log.format",
+		"metrics.listen must be host:port",
 	} {
 		require.Contains(t, text, says)
+	}
+}
+
+func TestMetricsAreNeverOnThePortOfTheAPI(t *testing.T) {
+	for listen, fine := range map[string]bool{
+		"": true, "127.0.0.1:9464": true, "127.0.0.1:8443": false, "nowhere": false,
+	} {
+		cfg := config{Listen: "127.0.0.1:8443", Metrics: metricsConfig{Listen: listen}}
+		require.Equal(t, fine, cfg.validateMetrics() == nil, listen)
 	}
 }
 

@@ -40,6 +40,13 @@ func serve(ctx context.Context, cfg *config, out io.Writer, log *slog.Logger, an
 		return err
 	}
 	defer port.close()
+	var metricsPort *boundPort
+	if cfg.Metrics.Listen != "" {
+		if metricsPort, err = bind(cfg.Metrics.Listen); err != nil {
+			return fmt.Errorf("metrics: %w", err)
+		}
+		defer metricsPort.close()
+	}
 	s, err := openService(ctx, cfg, log)
 	if err != nil {
 		return err
@@ -65,6 +72,14 @@ func serve(ctx context.Context, cfg *config, out io.Writer, log *slog.Logger, an
 	everywhere := ""
 	if host, _, _ := net.SplitHostPort(cfg.Listen); host == "" || net.ParseIP(host).IsUnspecified() {
 		everywhere = ", and on every other address of this machine"
+	}
+	if metricsPort != nil {
+		stop, err := s.metrics.serve(metricsPort, log)
+		if err != nil {
+			return errors.Join(err, listener.Close())
+		}
+		defer stop()
+		log.InfoContext(ctx, "serving metrics", slog.String("url", "http://"+endpointOf(cfg.Metrics.Listen, metricsPort.addr.Port)+metricsPath))
 	}
 	if _, err := fmt.Fprintf(out, "keyferryd listening on %s://%s%s\n", scheme, endpoint, everywhere); err != nil {
 		return errors.Join(err, listener.Close())

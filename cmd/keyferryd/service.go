@@ -22,6 +22,7 @@ type service struct {
 	engine  *engine.Engine
 	token   *hsm.Token
 	store   store.Store
+	metrics *metrics // nil: nobody asks for them
 }
 
 // minSecretLen is for secrets of access keys, in bytes. Whoever records a signed
@@ -44,6 +45,9 @@ func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service
 		clear(secret)
 	}
 	s := &service{}
+	if cfg.Metrics.Listen != "" {
+		s.metrics = newMetrics()
+	}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.close())
@@ -54,24 +58,35 @@ func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service
 	if s.store, err = openStore(ctx, &cfg.Store, log); err != nil {
 		return nil, err
 	}
+	if s.metrics != nil {
+		s.store = &measuredStore{s.store, s.metrics}
+	}
 	if s.token, err = openToken(ctx, cfg, log); err != nil {
 		return nil, err
 	}
-	s.engine, err = engine.New(ctx, engine.Config{
+	engineConfig := engine.Config{
 		Token: s.token, Store: s.store, Logger: log,
 		PoolSize: cfg.Pairs.Ready, PairBound: cfg.Pairs.Outstanding, PairSpecs: cfg.Pairs.Specs,
-	})
-	if err != nil {
+	}
+	if s.metrics != nil {
+		engineConfig.Observer = s.metrics
+	}
+	if s.engine, err = engine.New(ctx, engineConfig); err != nil {
 		return nil, err
 	}
-	api, err := kmsapi.New(kmsapi.Config{
+	apiConfig := kmsapi.Config{
 		Engine: s.engine, Nonces: s.store, Logger: log,
 		Secret: func(id string) ([]byte, bool) {
 			secret, ok := secrets[id]
 			return secret.Bytes(), ok
 		},
 		Region: cfg.regionOf(), Account: cfg.accountOf(),
-	})
+	}
+	if s.metrics != nil {
+		s.metrics.watch(s.engine, s.token)
+		apiConfig.Observe = s.metrics.answered
+	}
+	api, err := kmsapi.New(apiConfig)
 	if err != nil {
 		return nil, err
 	}

@@ -13,7 +13,7 @@ import (
 
 // validate returns everything that keeps a configuration from being served.
 func (c *config) validate() error {
-	errs := []error{c.validateToken(), c.validateListen(), c.Store.validate()}
+	errs := []error{c.validateToken(), c.validateListen(), c.Store.validate(), c.validateMetrics()}
 	if c.Token.Pins.Serial == "" || c.Token.Pins.VaultAES.IsZero() || c.Token.Pins.MACKey.IsZero() {
 		errs = append(errs, errors.New(`token.pins: serial, vault_aes or mac_key is missing: run "keyferryd init", which writes them`))
 	}
@@ -83,6 +83,19 @@ func (c *config) validateListen() error {
 	}
 	if !isLoopback(host) && !c.AllowPlainHTTP {
 		return fmt.Errorf("listen: %q is not loopback: set tls, or allow_plain_http if TLS ends in front of this server", host)
+	}
+	return nil
+}
+
+func (c *config) validateMetrics() error {
+	if c.Metrics.Listen == "" {
+		return nil
+	}
+	if _, _, err := net.SplitHostPort(c.Metrics.Listen); err != nil {
+		return errors.New("metrics.listen must be host:port, such as 127.0.0.1:9464")
+	}
+	if _, port, _ := net.SplitHostPort(c.Listen); c.Metrics.Listen == c.Listen && port != "0" {
+		return errors.New("metrics.listen is the address of the API: choose another port")
 	}
 	return nil
 }

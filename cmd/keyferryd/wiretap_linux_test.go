@@ -14,7 +14,6 @@ import (
 	"math/big"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -51,6 +50,7 @@ const (
 	inToken    = "files of the token"
 	inFiles    = "other files"
 	inAnswers  = "answers over HTTP"
+	inMetrics  = "metrics"
 	inHelp     = "help of the commands"
 	inMemory   = "memory of Go"
 
@@ -59,7 +59,7 @@ const (
 	inC = "memory of C"
 )
 
-var places = []string{inTrace, inLog, inDatabase, inToken, inFiles, inAnswers, inHelp, inMemory}
+var places = []string{inTrace, inLog, inDatabase, inToken, inFiles, inAnswers, inMetrics, inHelp, inMemory}
 
 var belongs = map[kind][]string{
 	hashKey:      {inTrace}, // the block behind the check value, as the token answers it
@@ -116,7 +116,7 @@ func findSpy(t testing.TB) string {
 func newWiretap(t testing.TB, module string) *wiretap {
 	t.Helper()
 	w := &wiretap{module: module, seen: map[string]*bytes.Buffer{}}
-	w.site = newSite(t, "log: {level: debug}\nwrapping_pairs: {ready: 1}\n")
+	w.site = newSite(t, metricsOn+"log: {level: debug}\nwrapping_pairs: {ready: 1}\n")
 	for _, place := range append(places, inC) {
 		w.seen[place] = &bytes.Buffer{}
 	}
@@ -142,52 +142,22 @@ func (w *wiretap) read(t testing.TB, file string) []byte {
 	return trimLineEnd(text)
 }
 
-// tappedServer is a keyferryd all of whose output is kept.
-type tappedServer struct {
-	cmd      *exec.Cmd
-	endpoint string
-	out      bytes.Buffer
-}
-
 // start starts the server. Its garbage collector is off, so that nothing that
 // Go ever had in memory is overwritten by anything but the server's own wiping.
 func (w *wiretap) start(t testing.TB) {
 	t.Helper()
-	s := &tappedServer{cmd: keyferryd(t, "serve", "--config", w.config)}
-	s.cmd.Env = append(os.Environ(), "GOGC=off")
-	s.cmd.Stderr = &s.out
-	stdout, err := s.cmd.StdoutPipe()
-	require.NoError(t, err)
-	require.NoError(t, s.cmd.Start())
-	t.Cleanup(func() {
-		if s.cmd.ProcessState == nil {
-			_ = s.cmd.Process.Kill()
-			_ = s.cmd.Wait()
-		}
-		if t.Failed() {
-			t.Logf("the output of the server:\n%s", s.out.String())
-		}
-	})
-	first := make([]byte, 1<<10) // one write
-	n, err := stdout.Read(first)
-	require.NoError(t, err, "it did not start")
-	w.see(inLog, first[:n])
-	_, s.endpoint, _ = strings.Cut(strings.TrimSpace(string(first[:n])), "://")
-	go func() { // ends with the process
-		rest, _ := io.ReadAll(stdout)
-		w.see(inLog, rest)
-	}()
-	w.server = s
+	w.server = startTapped(t, w.config, "GOGC=off")
 }
 
 // end ends the server by a signal and keeps what was seen of it.
 func (w *wiretap) end(t testing.TB, signal syscall.Signal) {
 	t.Helper()
+	w.see(inMetrics, []byte(w.server.scrape(t)))
 	w.snapshot(t)
 	require.NoError(t, w.server.cmd.Process.Signal(signal))
 	err := w.server.cmd.Wait()
 	require.Equal(t, signal == syscall.SIGTERM, err == nil, "%v", err)
-	w.see(inLog, w.server.out.Bytes())
+	w.see(inLog, []byte(w.server.out.String()))
 }
 
 // snapshot takes what the server holds at this moment, in memory and on disk.
@@ -560,6 +530,7 @@ func (w *wiretap) requireSeen(t *testing.T, there map[string]map[kind]bool) {
 	}
 	require.Contains(t, w.seen[inLog].String(), "access_key_id=tester")
 	require.Contains(t, w.seen[inLog].String(), "refused key material")
+	require.Contains(t, w.seen[inMetrics].String(), `keyferry_imports_total{algorithm="RSAES_OAEP_SHA_1",result="refused"}`)
 	require.Contains(t, w.seen[inDatabase].String(), "by "+byok.OAEPSHA1, "a description of a key")
 	require.Contains(t, w.seen[inMemory].String(), "by "+byok.OAEPSHA1)
 	require.Contains(t, w.seen[inToken].String(), "site") // the label of the token

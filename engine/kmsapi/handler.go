@@ -85,6 +85,10 @@ type Config struct {
 	Account string           // in ARNs and as the keys' creator; "": "0"
 	Logger  *slog.Logger     // nil: discards
 	Now     func() time.Time // nil: time.Now
+	// Observe is told of each answer, for metrics; nil: nobody is. action is ""
+	// for what is none of ours; code is "OK" or one of the API's. Both are of
+	// bounded sets.
+	Observe func(action, code string, took time.Duration)
 }
 
 // Handler serves the API. Make one with New; it is safe for concurrent use.
@@ -109,6 +113,9 @@ func New(cfg Config) (*Handler, error) {
 	}
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Observe == nil {
+		cfg.Observe = func(string, string, time.Duration) {}
 	}
 	return &Handler{cfg: cfg, reading: newReading()}, nil
 }
@@ -136,12 +143,14 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 	body.stamp(c.requestID)
 	write(w, c, status, body)
+	took := time.Since(start)
+	h.cfg.Observe(c.action, code, took)
 
 	level := slog.LevelInfo
 	attrs := []slog.Attr{
 		slog.String("action", c.action), slog.String("key_id", c.keyID), slog.String("access_key_id", c.accessKey),
 		slog.String("code", code), slog.Int("status", status), slog.String("request_id", c.requestID),
-		slog.Duration("duration", time.Since(start)),
+		slog.Duration("duration", took),
 	}
 	if status >= http.StatusInternalServerError {
 		level = slog.LevelError
