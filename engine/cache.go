@@ -7,12 +7,13 @@ import (
 	"log/slog"
 	"math"
 	"sync"
+	"sync/atomic"
 
 	"github.com/keyferry/keyferry/hsm"
 )
 
 // openKey is a CMK that is Enabled and whose material is open in the token.
-// All but users and cached never changes.
+// All but epoch, looked, users and cached never changes.
 type openKey struct {
 	keyID     string
 	versionID string
@@ -20,6 +21,11 @@ type openKey struct {
 	aad       []byte // how the associated data of this CMK begins
 	key       openMaterial
 	uses      *counter
+
+	// What the row was when it was last read: see freshness.
+	revision int64
+	epoch    atomic.Uint64 // store.Store's before that
+	looked   atomic.Int64  // when that began, in nanoseconds of Engine.elapsed
 
 	// Of cache.mu. The last user of a key that is out of the cache closes it.
 	users  int
@@ -267,6 +273,7 @@ func (c *cache) close() {
 // openRow is how the cache loads a key: it reads the row, believes it only
 // with its MAC, and opens the material in the token.
 func (e *Engine) openRow(ctx context.Context, ref keyRef) (*openKey, error) {
+	epoch, looked := e.store.Epoch(), e.elapsed()
 	row, err := e.currentRow(ctx, ref)
 	if err != nil {
 		return nil, err
@@ -293,7 +300,10 @@ func (e *Engine) openRow(ctx context.Context, ref keyRef) (*openKey, error) {
 		aad:       aadHead(row.KeyID, row.KeyVersionID),
 		key:       key,
 		uses:      e.usage.hold(row.KeyID),
+		revision:  row.Revision,
 	}
+	k.epoch.Store(epoch)
+	k.looked.Store(int64(looked))
 	if !row.ExpireAt.IsZero() {
 		k.expireAt = row.ExpireAt.Unix()
 	}

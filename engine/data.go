@@ -189,16 +189,18 @@ func (e *Engine) lend(ctx context.Context, ref keyRef, fn func(*openKey) error) 
 		return err
 	}
 	defer e.cache.release(k)
+	if err := e.freshen(ctx, k); err != nil {
+		return err
+	}
 	if !e.expired(k) {
 		err = fn(k)
 	}
-	switch {
-	case e.expired(k):
-		err = &Error{Kind: KeyPendingImport}
-	case !errors.Is(err, hsm.ErrKeyLost):
-		return err
+	if e.expired(k) {
+		err = hsm.ErrKeyLost // unless another node has imported it again, it is not opened any more
 	}
-	e.cache.dropOpen(k)
+	if errors.Is(err, hsm.ErrKeyLost) {
+		e.cache.dropOpen(k)
+	}
 	return err
 }
 

@@ -16,7 +16,8 @@
 //     expiry; what identifies it is measured in the token.
 //   - Material stops working in the second in which it expires, and when
 //     DeleteKeyMaterial, DisableKey or ScheduleKeyDeletion returns, on this
-//     Engine.
+//     Engine; within a second on every other one of the same store, even one
+//     that cannot reach the store any more.
 //   - No row that someone else wrote or moved is used: each carries a MAC that
 //     only the token can make. An old row brought back whole is not noticed.
 //   - Every import and every loss of material leaves an entry in a log that the
@@ -29,6 +30,7 @@ package engine
 
 import (
 	"context"
+	"crypto/rand"
 	"crypto/sha256"
 	"errors"
 	"fmt"
@@ -132,8 +134,10 @@ type Engine struct {
 	reconciled time.Time
 	spoilt     map[[sha256.Size]byte]bool
 
-	life context.Context // ends with Close
-	end  context.CancelFunc
+	started time.Time
+	node    string          // names this Engine among all of its store
+	life    context.Context // ends with Close
+	end     context.CancelFunc
 
 	mu      sync.Mutex
 	closed  bool
@@ -176,6 +180,8 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		logID:         log.ID,
 		extending:     make(chan struct{}, 1),
 		strangers:     make(map[[sha256.Size]byte]bool),
+		started:       time.Now(),
+		node:          rand.Text(),
 	}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
@@ -201,6 +207,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	e.usage = newUsage(e.token, e.store, e.log, e.observer.Warned)
 	e.authority = newAuthority(e.token, orDefault(cfg.CacheSize, 10000))
 	e.cache = newCache(orDefault(cfg.CacheSize, 10000), e.openRow, e.discardKey, e.observer.Used)
+	e.store.Watch(e.cache.drop)
 	e.pool = newPool(orDefault(cfg.PoolSize, 8), e.life.Done())
 	e.spawn(func() { e.generate(e.life) })
 	if !cfg.ManualSweep {
@@ -226,6 +233,7 @@ func (e *Engine) Close() error {
 	if already {
 		return nil
 	}
+	e.store.Watch(nil)
 	e.end()
 	e.working.Wait()
 	e.cache.close()

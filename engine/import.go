@@ -269,6 +269,7 @@ func (e *Engine) commitImport(ctx context.Context, in *ImportInput, a *admitted,
 	if err != nil {
 		return &Error{Kind: Internal, cause: err}
 	}
+	shortened := hasMaterial(&row) && sooner(in.ExpireAt, row.ExpireAt)
 	row.State = string(state)
 	row.KCV = imported.Identity.KCV[:]
 	row.MaterialID = imported.Identity.MaterialID[:]
@@ -279,12 +280,15 @@ func (e *Engine) commitImport(ctx context.Context, in *ImportInput, a *admitted,
 	row.WrappingAlgorithm = string(a.token.algorithm)
 	row.PairID = a.token.pair[:]
 	row.PairFingerprint = a.token.fingerprint[:]
-	if err := e.commitRow(ctx, row, importEntry(in, a, imported)); err != nil {
+	if err := e.commitRow(ctx, row, shortened, importEntry(in, a, imported)); err != nil {
 		return err
 	}
 	a.row = row
 	return nil
 }
+
+// sooner compares two times of expiry, of which zero is never.
+func sooner(a, b time.Time) bool { return !a.IsZero() && (b.IsZero() || a.Before(b)) }
 
 // equalOrNil compares in constant time what was measured with what was
 // expected, if anything was.

@@ -196,7 +196,7 @@ func (e *Engine) change(ctx context.Context, keyID string, op operation, edit fu
 		if bytes.Equal(encodeRow(&row), encodeRow(&stored)) {
 			return nil
 		}
-		err = e.commitRow(ctx, row, e.deletionEntry(&stored, &row))
+		err = e.commitRow(ctx, row, false, e.deletionEntry(&stored, &row))
 		if !errors.Is(err, store.ErrConflict) {
 			return err
 		}
@@ -207,10 +207,12 @@ func (e *Engine) change(ctx context.Context, keyID string, op operation, edit fu
 // commitRow writes the next revision of a row, with an entry of the log of
 // receipts if there is one, and then closes what was open of the one before, so
 // that when it returns nobody starts to use that. It returns store.ErrConflict
-// as it is.
-func (e *Engine) commitRow(ctx context.Context, row store.Key, entry *receipt.Entry) error {
+// as it is. Other nodes hear of a row that may not be used, and of one that is
+// used for a shorter time than the one before.
+func (e *Engine) commitRow(ctx context.Context, row store.Key, shortened bool, entry *receipt.Entry) error {
+	_, refused := opUse.next(KeyState(row.State))
 	row.Revision++
-	update := store.Update{}
+	update := store.Update{Stale: shortened || refused != nil}
 	if entry != nil {
 		update.Receipt = e.enter(&row, entry)
 	}

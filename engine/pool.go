@@ -60,11 +60,20 @@ func (p *pool) announce() {
 	p.fresh = make(chan struct{})
 }
 
-// wait waits until a pair was added, the context ends or the engine closes.
+// pollPairs is how often those who wait for a pair look whether another node
+// has added one.
+const pollPairs = 100 * time.Millisecond
+
+// wait waits until a pair was added, or may have been by another node, the
+// context ends or the engine closes.
 func (p *pool) wait(ctx context.Context, added <-chan struct{}) error {
 	p.wake()
+	elsewhere := time.NewTimer(pollPairs)
+	defer elsewhere.Stop()
 	select {
 	case <-added:
+		return nil
+	case <-elsewhere.C:
 		return nil
 	case <-ctx.Done():
 		return &Error{Kind: Unavailable, Hint: "wrapping pairs are being generated", cause: ctx.Err()}
@@ -84,14 +93,14 @@ const (
 func (e *Engine) generate(ctx context.Context) {
 	pause := firstPause
 	for ctx.Err() == nil {
-		full, err := e.fill(ctx)
+		idle, err := e.fill(ctx)
 		switch {
 		case err != nil && ctx.Err() == nil:
 			e.log.LogAttrs(ctx, slog.LevelError, "no wrapping pair could be made",
 				slog.Duration("pause", pause), slog.Any("error", err))
 			rest(ctx, pause)
 			pause = min(2*pause, maxPause)
-		case full:
+		case idle:
 			pause = firstPause
 			select {
 			case <-e.pool.wanted:
@@ -101,11 +110,19 @@ func (e *Engine) generate(ctx context.Context) {
 	}
 }
 
+// One node generates for all, until it has not asked for so long: a pair takes
+// a second at most, and much longer on a slow token.
+const (
+	generatorLease     = "generator"
+	generatorLeaseLife = 5 * time.Second
+)
+
 // fill makes one pair for an offer that lacks one, of those with the fewest
-// first, or reports that every pool is full. An offer that the token cannot
+// first, or reports that there is nothing to do: every pool is full, or another
+// node fills them. An offer that the token cannot
 // serve does not keep the others from being served: the error is only returned
 // if no pair could be made at all.
-func (e *Engine) fill(ctx context.Context) (full bool, err error) {
+func (e *Engine) fill(ctx context.Context) (idle bool, err error) {
 	counts, err := e.store.PairCounts(ctx, e.second())
 	if err != nil {
 		return false, err
@@ -116,6 +133,12 @@ func (e *Engine) fill(ctx context.Context) (full bool, err error) {
 	}
 	lacking := slices.DeleteFunc(slices.Clone(e.offers), func(o WrappingOffer) bool { return ready[o] >= e.pool.size })
 	slices.SortStableFunc(lacking, func(a, b WrappingOffer) int { return cmp.Compare(ready[a], ready[b]) })
+	if len(lacking) == 0 {
+		return true, nil
+	}
+	if held, err := e.store.Lease(ctx, generatorLease, e.node, generatorLeaseLife); err != nil || !held {
+		return true, err
+	}
 	var failed error
 	for _, offer := range lacking {
 		err := e.addPair(ctx, offer)
@@ -124,7 +147,7 @@ func (e *Engine) fill(ctx context.Context) (full bool, err error) {
 		}
 		failed = errors.Join(failed, fmt.Errorf("%s for %s: %w", offer.Spec, offer.Algorithm, err))
 	}
-	return len(lacking) == 0, failed
+	return false, failed
 }
 
 // addPair makes a pair in the token and then its row. Without the row the pair
@@ -165,6 +188,9 @@ const (
 	// youngPair: a pair without a row that is no older may be about to get
 	// one, from a node that is making it at this moment.
 	youngPair = 10 * time.Minute
+	// hiddenPair: a pair whose row is no older may be in the token, made by
+	// another node since this one looked, or not yet visible to it.
+	hiddenPair = 10 * time.Second
 	// maxReady is how long a pair waits for its first import token.
 	maxReady = 7 * 24 * time.Hour
 	// maxPair is the age at which a pair is destroyed whatever its row says:
@@ -223,6 +249,9 @@ func (e *Engine) reconcilePairs(ctx context.Context) error {
 
 func (e *Engine) reconcilePair(ctx context.Context, row *store.Pair, there bool, now time.Time) error {
 	if !there {
+		if now.Sub(row.CreatedAt) < hiddenPair {
+			return nil
+		}
 		e.log.LogAttrs(ctx, slog.LevelWarn, "removed the row of a wrapping pair that is not in the token",
 			slog.String("pair", pairName(row.ID)))
 		return e.store.DeletePair(ctx, row.ID)

@@ -34,8 +34,10 @@ func (e *Engine) sweepEvery(ctx context.Context, interval time.Duration) {
 
 // Sweep makes durable what time has done: it destroys expired material, CMKs
 // past their deletion and pairs past their last token, forgets old nonces,
-// writes down the counts of uses and signs the log of receipts. Whether something is expired never depends
-// on it. What fails does not keep the rest from being done.
+// writes down the counts of uses and signs the log of receipts. Of several
+// Engines on one store one does it for all, save the counts. Whether something
+// is expired never depends on it. What fails does not keep the rest from being
+// done.
 func (e *Engine) Sweep(ctx context.Context) error {
 	select {
 	case e.sweeping <- struct{}{}:
@@ -43,23 +45,42 @@ func (e *Engine) Sweep(ctx context.Context) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	}
+	err := e.sweep(ctx)
+	e.observer.Swept(err)
+	return err
+}
+
+// sweep is Sweep for one caller at a time.
+func (e *Engine) sweep(ctx context.Context) error {
 	now := e.second()
+	e.failures.forget(now)
+	e.pool.wake() // pairs may have been taken by other nodes
+	own := e.usage.flush(ctx)
+	held, err := e.store.Lease(ctx, sweepLease, e.node, sweepLeaseLife)
+	if err != nil || !held {
+		return errors.Join(own, err)
+	}
 	var reconciled error
 	if now.Sub(e.reconciled) >= reconcileInterval {
 		reconciled = e.reconcilePairs(ctx)
 	}
-	e.failures.forget(now)
-	err := errors.Join(
+	return errors.Join(
+		own,
 		reconciled,
 		e.sweepKeys(ctx, now),
 		e.sweepPairs(ctx, now),
 		e.store.DeleteNonces(ctx, now),
-		e.usage.flush(ctx),
 		e.sweepLog(ctx, now),
 	)
-	e.observer.Swept(err)
-	return err
 }
+
+// One node sweeps for all, until it has not done so for sweepLeaseLife. Should
+// two do it all the same, because one was held up for longer than that, each
+// row is still changed once: they compare revisions.
+const (
+	sweepLease     = "sweep"
+	sweepLeaseLife = 10 * time.Second
+)
 
 // sweepKeys goes on until no CMK is due. One that cannot be swept, because its
 // row was tampered with or is being changed just now, is left for the next
@@ -113,7 +134,7 @@ func (e *Engine) sweepKey(ctx context.Context, stored *store.Key, now time.Time)
 	}
 	row, there := asOf(*stored, now)
 	if there {
-		return e.commitRow(ctx, row, e.deletionEntry(stored, &row))
+		return e.commitRow(ctx, row, false, e.deletionEntry(stored, &row))
 	}
 	deletion := store.Deletion{KeyID: stored.KeyID, Revision: stored.Revision}
 	if len(stored.MaterialID) > 0 { // what never had any leaves no trace

@@ -1,14 +1,17 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
+	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/engine/store/postgres/pgtest"
 )
 
@@ -127,4 +130,47 @@ func TestStoreConfig(t *testing.T) {
 		require.ErrorContains(t, err, says)
 		require.NotContains(t, err.Error(), "hunter2")
 	}
+}
+
+// Two servers on one database and one token: what one of them stops, both
+// stop, and when one is killed the other goes on with everything.
+func TestTwoServers(t *testing.T) {
+	t.Parallel()
+	s := newSite(t, "").onPostgres(t)
+	s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))
+	_, stderr, err := s.keyferryd(t, "migrate")
+	require.NoError(t, err, stderr)
+	first := startTestServer(t, s.dir, "serve", "--config", s.config)
+	second := startTestServer(t, s.dir, "serve", "--config", s.config)
+	one, two := s.client(first, nil), s.client(second, nil)
+
+	owner := newCustomer(t, one)
+	require.NoError(t, two.call(t.Context(), "ImportKeyMaterial", owner.params(wrapped(t, byok.OAEPSHA1, owner.publicKey, owner.material)), nil))
+	var sealed struct{ CiphertextBlob string }
+	require.NoError(t, one.call(t.Context(), "Encrypt", map[string]string{"KeyId": owner.keyID, "Plaintext": "YQ=="}, &sealed))
+	decrypt := func(c *client) error {
+		return c.call(context.Background(), "Decrypt", map[string]string{"CiphertextBlob": sealed.CiphertextBlob}, nil)
+	}
+	require.NoError(t, decrypt(two))
+	require.NoError(t, one.call(t.Context(), "DisableKey", map[string]string{"KeyId": owner.keyID}, nil))
+	for began := time.Now(); decrypt(two) == nil; {
+		require.Less(t, time.Since(began), time.Second, "it is still used")
+	}
+	require.NoError(t, one.call(t.Context(), "EnableKey", map[string]string{"KeyId": owner.keyID}, nil))
+	require.NoError(t, decrypt(two))
+
+	// A request is good once, whichever server it is sent to.
+	query := one.rpcQuery(t, "DescribeKey", map[string]string{"KeyId": owner.keyID})
+	_, code := post(t, first.endpoint, query)
+	require.Empty(t, code)
+	_, code = post(t, second.endpoint, query)
+	require.Equal(t, "SignatureNonceUsed", code)
+
+	first.kill(t)
+	require.NoError(t, decrypt(two))
+	for range 4 { // more than the pool holds
+		other := newCustomer(t, two)
+		require.NoError(t, two.call(t.Context(), "ImportKeyMaterial", other.params(wrapped(t, byok.OAEPSHA1, other.publicKey, other.material)), nil))
+	}
+	require.NoError(t, second.stop())
 }

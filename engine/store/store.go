@@ -66,6 +66,9 @@ type Key struct {
 type Update struct {
 	Key     Key      // the new row, of the next Revision
 	Receipt *Receipt // nil: none
+	// Stale: whoever uses the CMK as it was must stop. Other Stores of the
+	// database report it; see Watch.
+	Stale bool
 }
 
 // Deletion is the end of one CMK and what is committed with it.
@@ -265,6 +268,21 @@ type Store interface {
 	// ImportReceipt returns the last entry of an import into a CMK, of the
 	// request with that id unless it is "". ErrNotFound.
 	ImportReceipt(ctx context.Context, keyID, requestID string) (Receipt, error)
+
+	// Watch has stale called with the names of each CMK that another Store of
+	// the same database has changed with Update.Stale, or deleted, soon after.
+	// Calls come from one goroutine until Close, or until Watch is called
+	// again; a call holds up those that come next.
+	Watch(stale func(keyID, versionID string))
+	// Epoch says what a row is worth that was read a while ago. While it
+	// returns the same number as before the row was read, and that is not 0,
+	// every change that Watch reports and that was made by half a second ago
+	// has been reported. Else the row must be read again. It waits for nothing.
+	Epoch() uint64
+	// Lease takes or renews a lease of that name for a time, and reports
+	// whether the holder has it now: nobody else has until the time is up, by
+	// the store's clock.
+	Lease(ctx context.Context, name, holder string, life time.Duration) (held bool, err error)
 
 	// NextBoot returns a number greater than any it returned before.
 	NextBoot(ctx context.Context) (uint64, error)

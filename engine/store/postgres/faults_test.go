@@ -1,12 +1,9 @@
 package postgres_test
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"net"
-	"sync"
 	"testing"
 	"time"
 
@@ -30,109 +27,6 @@ func next(key store.Key) store.Update {
 	return store.Update{Key: key}
 }
 
-// proxy stands between a Store and its server, as a network that loses things.
-type proxy struct {
-	net.Listener
-	socket string
-	ended  sync.WaitGroup
-
-	mu    sync.Mutex
-	last  []byte // as soon as a client has sent this, nothing comes back; nil: never
-	deaf  bool   // it has
-	mute  bool   // nothing arrives either way
-	conns []net.Conn
-}
-
-// newProxy starts one, and returns the DSN by which it is reached.
-func newProxy(t *testing.T, server *pgtest.Server, dsn string) (*proxy, string) {
-	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	require.NoError(t, err)
-	p := &proxy{Listener: listener, socket: server.Socket()}
-	p.ended.Go(p.serve)
-	t.Cleanup(func() {
-		require.NoError(t, p.Close())
-		p.cut()
-		p.ended.Wait()
-	})
-	cfg, err := pgx.ParseConfig(dsn)
-	require.NoError(t, err)
-	return p, fmt.Sprintf("postgres://%s@%s/%s?sslmode=disable", cfg.User, listener.Addr(), cfg.Database)
-}
-
-func (p *proxy) serve() {
-	for {
-		client, err := p.Accept()
-		if err != nil {
-			return
-		}
-		server, err := net.Dial("unix", p.socket)
-		if err != nil {
-			_ = client.Close()
-			continue
-		}
-		p.mu.Lock()
-		p.conns = append(p.conns, client, server)
-		p.mu.Unlock()
-		p.ended.Go(func() {
-			p.copy(server, client, func(sent []byte) bool {
-				p.deaf = p.deaf || p.last != nil && bytes.Contains(sent, p.last)
-				return p.mute
-			})
-		})
-		p.ended.Go(func() { p.copy(client, server, func([]byte) bool { return p.mute || p.deaf }) })
-	}
-}
-
-// copy carries what lost does not lose.
-func (p *proxy) copy(to, from net.Conn, lost func([]byte) bool) {
-	defer func() { _, _ = to.Close(), from.Close() }()
-	b := make([]byte, 64<<10)
-	for {
-		n, err := from.Read(b)
-		if err != nil {
-			return
-		}
-		p.mu.Lock()
-		drop := lost(b[:n])
-		p.mu.Unlock()
-		if drop {
-			continue
-		}
-		if _, err := to.Write(b[:n]); err != nil {
-			return
-		}
-	}
-}
-
-func (p *proxy) loseAnswersAfter(sent string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.last = []byte(sent)
-}
-
-func (p *proxy) loseEverything() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.mute = true
-}
-
-func (p *proxy) loseNothing() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.last, p.deaf, p.mute = nil, false, false
-}
-
-// cut breaks every connection.
-func (p *proxy) cut() {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for _, c := range p.conns {
-		_ = c.Close()
-	}
-	p.conns = nil
-}
-
 // TestAnswerLost loses the connection after a write was sent and done, and
 // before its answer has come. The outcome is unknown, and said to be.
 func TestAnswerLost(t *testing.T) {
@@ -143,7 +37,7 @@ func TestAnswerLost(t *testing.T) {
 	past, err := pgx.Connect(t.Context(), dsn)
 	require.NoError(t, err)
 	defer func() { require.NoError(t, past.Close(context.Background())) }()
-	p, dsn := newProxy(t, server, dsn)
+	p, dsn := pgtest.NewProxy(t, server, dsn)
 	// One connection, which knows every statement after the first time.
 	s, err := postgres.Open(t.Context(), postgres.Config{DSN: dsn, Connections: 1})
 	require.NoError(t, err)
@@ -205,13 +99,13 @@ func TestAnswerLost(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			require.NoError(t, tt.write(0))
-			p.loseAnswersAfter(tt.last)
+			p.LoseAnswersAfter(tt.last)
 			answer := make(chan error, 1)
 			go func() { answer <- tt.write(1) }()
 			require.Eventually(t, tt.done, 10*time.Second, 5*time.Millisecond)
 			require.Empty(t, answer, "it does not know")
-			p.cut()
-			p.loseNothing()
+			p.Cut()
+			p.LoseNothing()
 			require.ErrorIs(t, <-answer, store.ErrUnavailable)
 			tt.again()
 		})
@@ -222,13 +116,13 @@ func TestAnswerLost(t *testing.T) {
 // made again.
 func TestReadsSurvive(t *testing.T) {
 	server := sharedServer(t)
-	p, dsn := newProxy(t, server, newDSN(t, server))
+	p, dsn := pgtest.NewProxy(t, server, newDSN(t, server))
 	s := open(t, dsn)
 	defer func() { require.NoError(t, s.Close()) }()
 	key := testKey(1)
 	require.NoError(t, s.CreateKey(t.Context(), key))
 	for range 5 {
-		p.cut()
+		p.Cut()
 		got, err := s.Key(t.Context(), key.KeyID)
 		require.NoError(t, err)
 		require.Equal(t, key, got)
@@ -242,13 +136,13 @@ func TestReadsSurvive(t *testing.T) {
 // Config.Timeout bound the waiting.
 func TestNoAnswer(t *testing.T) {
 	server := sharedServer(t)
-	p, dsn := newProxy(t, server, newDSN(t, server))
+	p, dsn := pgtest.NewProxy(t, server, newDSN(t, server))
 	s, err := postgres.Open(t.Context(), postgres.Config{DSN: dsn, Timeout: 300 * time.Millisecond})
 	require.NoError(t, err)
 	defer func() { require.NoError(t, s.Close()) }()
 	key := testKey(1)
 	require.NoError(t, s.CreateKey(t.Context(), key))
-	p.loseEverything()
+	p.LoseEverything()
 	_, err = s.Key(t.Context(), key.KeyID)
 	require.ErrorIs(t, err, store.ErrUnavailable)
 	require.NotErrorIs(t, err, context.DeadlineExceeded, "that is for the caller's own")
@@ -256,8 +150,8 @@ func TestNoAnswer(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
 	defer cancel()
 	require.ErrorIs(t, s.UpdateKey(ctx, next(key)), context.DeadlineExceeded)
-	p.cut()
-	p.loseNothing()
+	p.Cut()
+	p.LoseNothing()
 	require.Eventually(t, func() bool { return s.UpdateKey(context.Background(), next(key)) == nil }, 10*time.Second, 10*time.Millisecond)
 }
 

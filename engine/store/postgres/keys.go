@@ -105,20 +105,42 @@ func (s *Store) oneKey(ctx context.Context, query, id string) (key store.Key, er
 
 // UpdateKey implements store.Store.
 func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
-	return s.change(ctx, update.Key.KeyID, updateKeyQuery, keyValues(&update.Key), update.Receipt)
+	query, args := s.whole(updateKeyQuery, keyValues(&update.Key), update.Receipt, update.Stale)
+	return s.change(ctx, update.Key.KeyID, query, args)
 }
 
 // DeleteKey implements store.Store.
 func (s *Store) DeleteKey(ctx context.Context, deletion store.Deletion) error {
-	return s.change(ctx, deletion.KeyID, deleteKeyQuery, []any{deletion.KeyID, deletion.Revision}, deletion.Receipt)
+	query, args := s.whole(deleteKeyQuery, []any{deletion.KeyID, deletion.Revision}, deletion.Receipt, true)
+	return s.change(ctx, deletion.KeyID, query, args)
 }
 
-// change has one statement change the row of a key, if its revision is the
-// right one, and add what goes with it.
-func (s *Store) change(ctx context.Context, keyID, query string, args []any, receipt *store.Receipt) error {
+// whole makes one statement of one that changes the row of a key and of those
+// that add a pending receipt and notify the other nodes, if the row was
+// changed. It affects as many rows as the first.
+//
+// Transactions that notify commit one after the other, forced writes and all:
+// so only those do that must.
+func (s *Store) whole(query string, args []any, receipt *store.Receipt, stale bool) (string, []any) {
+	stale = stale && s.watcher != nil
+	if receipt == nil && !stale {
+		return query, args
+	}
+	query = `WITH changed AS (` + query + ` RETURNING key_id, key_version_id)`
 	if receipt != nil {
 		query, args = withReceipt(query, args, receipt)
 	}
+	if !stale {
+		return query + ` SELECT key_id FROM changed`, args
+	}
+	args = append(args, channel, s.watcher.name)
+	return fmt.Sprintf(`%s SELECT CAST(pg_notify($%d, $%d || ' ' || key_id || ' ' || key_version_id) AS TEXT) FROM changed`,
+		query, len(args)-1, len(args)), args
+}
+
+// change has one statement change the row of a key, if its revision is the
+// right one.
+func (s *Store) change(ctx context.Context, keyID, query string, args []any) error {
 	return s.write(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
 		changed, err := c.Exec(ctx, query, args...)
 		if err != nil || changed.RowsAffected() == 1 {

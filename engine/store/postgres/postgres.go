@@ -160,7 +160,9 @@ type Store struct {
 	timeout  time.Duration
 	log      *slog.Logger
 	instance string
+	notifies bool // the server has pg_notify; CockroachDB has not
 	nonces   *nonceWriter
+	watcher  *watcher // nil: the server has no notifications
 	closed   atomic.Bool
 }
 
@@ -193,20 +195,27 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if err := s.checkServer(ctx); err != nil {
 		return nil, err
 	}
-	s.instance, err = s.readInstance(ctx)
-	return s, err
+	if s.instance, err = s.readInstance(ctx); err != nil {
+		return nil, err
+	}
+	if s.notifies {
+		s.watcher = newWatcher(poolConfig.ConnConfig, s.log)
+	}
+	return s, nil
 }
 
 // checkServer looks for settings under which nothing here can keep its word.
 func (s *Store) checkServer(ctx context.Context) error {
 	var encoding, fsync string
+	var notifies bool
 	err := s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
-		return c.QueryRow(ctx, `SELECT current_setting('server_encoding'), COALESCE(current_setting('fsync', true), 'on')`).
-			Scan(&encoding, &fsync)
+		return c.QueryRow(ctx, `SELECT current_setting('server_encoding'), COALESCE(current_setting('fsync', true), 'on'),
+			EXISTS (SELECT 1 FROM pg_proc WHERE proname = 'pg_notify')`).Scan(&encoding, &fsync, &notifies)
 	})
 	if err != nil {
 		return err
 	}
+	s.notifies = notifies
 	if encoding != "UTF8" {
 		return fmt.Errorf("postgres: the database has the encoding %s: make one with UTF8", encoding)
 	}
@@ -220,6 +229,9 @@ func (s *Store) checkServer(ctx context.Context) error {
 // Close itself does nothing the second time.
 func (s *Store) Close() error {
 	s.nonces.close()
+	if s.watcher != nil {
+		s.watcher.close()
+	}
 	s.closed.Store(true)
 	s.pool.Close()
 	return nil

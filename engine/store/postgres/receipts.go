@@ -35,15 +35,12 @@ const (
 	putHeadQuery = `UPDATE receipt_log SET size = $1, head = $2 WHERE one = 1`
 )
 
-// withReceipt makes one statement of one that changes a row and of one that
-// adds a pending entry, if the row was changed. It affects as many rows as the
-// former.
+// withReceipt adds to the common table expression "changed" of a query another
+// one that adds a pending entry.
 func withReceipt(query string, args []any, r *store.Receipt) (string, []any) {
 	n := len(args)
-	query = fmt.Sprintf(`WITH changed AS (%s RETURNING key_id),
-	added AS (INSERT INTO receipt (key_id, revision, request_id, is_import, entry, row_digest, mac)
-		SELECT $%d, CAST($%d AS BIGINT), $%d, CAST($%d AS BOOLEAN), CAST($%d AS BYTEA), CAST($%d AS BYTEA), CAST($%d AS BYTEA) FROM changed)
-	SELECT key_id FROM changed`, query, n+1, n+2, n+3, n+4, n+5, n+6, n+7)
+	query = fmt.Sprintf(`%s, added AS (INSERT INTO receipt (key_id, revision, request_id, is_import, entry, row_digest, mac)
+		SELECT CAST($%d AS TEXT), CAST($%d AS BIGINT), CAST($%d AS TEXT), CAST($%d AS BOOLEAN), CAST($%d AS BYTEA), CAST($%d AS BYTEA), CAST($%d AS BYTEA) FROM changed)`, query, n+1, n+2, n+3, n+4, n+5, n+6, n+7)
 	return query, append(args, r.KeyID, r.Revision, r.RequestID, r.Import, r.Entry, r.RowDigest, r.MAC)
 }
 

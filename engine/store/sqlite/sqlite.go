@@ -85,6 +85,7 @@ type Store struct {
 	*readers
 	lock     *os.File
 	instance string
+	leases   leases
 
 	closing sync.Once
 	closed  error

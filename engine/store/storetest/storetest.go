@@ -50,6 +50,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"ExtendLog", testExtendLog},
 		{"Boot", testBoot},
 		{"Instance", testInstance},
+		{"Lease", testLease},
 		{"ConcurrentCreate", testConcurrentCreate},
 		{"ConcurrentUpdate", testConcurrentUpdate},
 		{"ConcurrentBind", testConcurrentBind},
@@ -307,6 +308,10 @@ var methods = []struct {
 		return err
 	}},
 	{"DeleteNonces", func(ctx context.Context, s store.Store) error { return s.DeleteNonces(ctx, at(9000)) }},
+	{"Lease", func(ctx context.Context, s store.Store) error {
+		_, err := s.Lease(ctx, "a lease", "me", time.Minute)
+		return err
+	}},
 	{"Instance", func(ctx context.Context, s store.Store) error {
 		_, err := s.Instance(ctx)
 		return err

@@ -1,0 +1,282 @@
+package engine_test
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/engine/byok"
+	"github.com/keyferry/keyferry/engine/store"
+	"github.com/keyferry/keyferry/engine/store/postgres"
+	"github.com/keyferry/keyferry/engine/store/postgres/pgtest"
+	"github.com/keyferry/keyferry/hsm"
+)
+
+// postgresServer is one for all tests of this package.
+var postgresServer = sync.OnceValues(func() (*pgtest.Server, error) {
+	server, err := pgtest.Start(pgtest.FastSettings...)
+	if err == nil {
+		shared.Cleanup(func() { _ = server.Stop() })
+	}
+	return server, err
+})
+
+// newDatabase names a database for the nodes of one test.
+func newDatabase(t *testing.T) (*pgtest.Server, string) {
+	t.Helper()
+	server, err := postgresServer()
+	pgtest.Need(t, err)
+	name, err := server.Database(context.Background())
+	require.NoError(t, err)
+	t.Cleanup(func() { server.Release(name) })
+	return server, server.DSN(name)
+}
+
+// node is one of several engines on one database and one token.
+type node struct {
+	*engine.Engine
+	store store.Store
+}
+
+// newNode opens a node that sweeps when it is told to, unless a setting says
+// otherwise.
+func newNode(t *testing.T, dsn string, settings ...func(*engine.Config)) *node {
+	t.Helper()
+	db, err := postgres.Open(t.Context(), postgres.Config{DSN: dsn})
+	require.NoError(t, err)
+	cfg := engine.Config{Token: plainToken(), Store: db, ManualSweep: true, PoolSize: 1, PairBound: 1, FailureFloor: time.Millisecond}
+	for _, set := range settings {
+		set(&cfg)
+	}
+	e, err := engine.New(t.Context(), cfg)
+	require.NoError(t, err)
+	instance, err := db.Instance(t.Context())
+	require.NoError(t, err)
+	t.Cleanup(func() {
+		require.NoError(t, e.Close())
+		require.NoError(t, db.Close())
+		pairs, err := cfg.Token.Pairs(context.Background(), instance)
+		require.NoError(t, err)
+		for _, pair := range pairs {
+			require.NoError(t, cfg.Token.DestroyPair(context.Background(), pair.ID))
+		}
+	})
+	return &node{Engine: e, store: db}
+}
+
+// newNodes opens nodes that hear of each other.
+func newNodes(t *testing.T, dsn string, n int, settings ...func(*engine.Config)) []*node {
+	t.Helper()
+	nodes := make([]*node, n)
+	for i := range nodes {
+		nodes[i] = newNode(t, dsn, settings...)
+	}
+	for _, n := range nodes {
+		require.Eventually(t, func() bool { return n.store.Epoch() != 0 }, 20*time.Second, time.Millisecond)
+	}
+	return nodes
+}
+
+func (n *node) newKey(t *testing.T) string {
+	t.Helper()
+	key, err := n.CreateKey(t.Context(), engine.CreateKeyInput{})
+	require.NoError(t, err)
+	return key.KeyID
+}
+
+// importRequest wraps material for a key.
+func (n *node) importRequest(t *testing.T, keyID string, material []byte) engine.ImportInput {
+	t.Helper()
+	params, err := n.GetParametersForImport(t.Context(), keyID, hsm.RSA2048, hsm.OAEPSHA1)
+	require.NoError(t, err)
+	wrapped, err := byok.Wrap(string(hsm.OAEPSHA1), params.PublicKey, material)
+	require.NoError(t, err)
+	return engine.ImportInput{KeyID: keyID, EncryptedKeyMaterial: wrapped, ImportToken: params.ImportToken}
+}
+
+func (n *node) encrypts(keyID string) error {
+	_, err := n.Encrypt(context.Background(), keyID, []byte("x"), nil)
+	return err
+}
+
+// requireStops requires that a node stops to use a key, in the way of kind,
+// within a second from now.
+func (n *node) requireStops(t *testing.T, keyID string, kind engine.Kind) {
+	t.Helper()
+	began := time.Now()
+	for !errors.Is(n.encrypts(keyID), kind) {
+		require.Less(t, time.Since(began), time.Second, "it is still used")
+	}
+}
+
+// What one node stops, the other stops, which has the key open.
+func TestOneNodeStopsAll(t *testing.T) {
+	_, dsn := newDatabase(t)
+	nodes := newNodes(t, dsn, 2)
+	one, two := nodes[0], nodes[1]
+	keyID, material := one.newKey(t), randomBytes(32)
+	in := one.importRequest(t, keyID, material)
+	_, err := one.ImportKeyMaterial(t.Context(), in)
+	require.NoError(t, err)
+	require.NoError(t, two.encrypts(keyID))
+
+	require.NoError(t, one.DisableKey(t.Context(), keyID))
+	two.requireStops(t, keyID, engine.KeyDisabled)
+	require.NoError(t, one.EnableKey(t.Context(), keyID))
+	require.NoError(t, two.encrypts(keyID))
+
+	require.NoError(t, one.DeleteKeyMaterial(t.Context(), keyID))
+	two.requireStops(t, keyID, engine.KeyPendingImport)
+	_, err = two.ImportKeyMaterial(t.Context(), in)
+	require.NoError(t, err, "the other node has the pair too")
+	require.NoError(t, one.encrypts(keyID))
+	require.NoError(t, two.encrypts(keyID))
+
+	// An expiry that comes closer.
+	in.ExpireAt = time.Now().Add(2 * time.Second).Truncate(time.Second)
+	_, err = one.ImportKeyMaterial(t.Context(), in)
+	require.NoError(t, err)
+	require.Eventually(t, func() bool { return errors.Is(two.encrypts(keyID), engine.KeyPendingImport) },
+		time.Until(in.ExpireAt)+time.Second, 5*time.Millisecond)
+	in.ExpireAt = time.Time{}
+	_, err = one.ImportKeyMaterial(t.Context(), in)
+	require.NoError(t, err)
+	require.NoError(t, two.encrypts(keyID))
+
+	require.NoError(t, one.ScheduleKeyDeletion(t.Context(), keyID, 7))
+	two.requireStops(t, keyID, engine.KeyPendingDeletion)
+}
+
+// A node that does not hear of changes any more stops too: first it hears
+// nothing, and then it can read nothing.
+func TestNodeThatIsCutOffStops(t *testing.T) {
+	server, direct := newDatabase(t)
+	proxy, dsn := pgtest.NewProxy(t, server, direct)
+	one, two := newNodes(t, direct, 1)[0], newNodes(t, dsn, 1)[0]
+	keyID := one.newKey(t)
+	_, err := one.ImportKeyMaterial(t.Context(), one.importRequest(t, keyID, randomBytes(32)))
+	require.NoError(t, err)
+	require.NoError(t, two.encrypts(keyID))
+
+	proxy.LoseEverything()
+	require.NoError(t, one.DisableKey(t.Context(), keyID))
+	began, last := time.Now(), time.Now()
+	for {
+		ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+		_, err := two.Encrypt(ctx, keyID, []byte("x"), nil)
+		cancel()
+		if err != nil {
+			require.ErrorIs(t, err, engine.Unavailable)
+			break
+		}
+		last = time.Now()
+	}
+	require.Less(t, last.Sub(began), time.Second)
+	proxy.Cut()
+	proxy.LoseNothing()
+	require.Eventually(t, func() bool { return errors.Is(two.encrypts(keyID), engine.KeyDisabled) }, 20*time.Second, 10*time.Millisecond)
+	require.NoError(t, one.EnableKey(t.Context(), keyID))
+	require.NoError(t, two.encrypts(keyID))
+}
+
+// Of two first imports at once one decides what the key is, for both nodes.
+func TestTwoNodesImportAtOnce(t *testing.T) {
+	_, dsn := newDatabase(t)
+	nodes := newNodes(t, dsn, 2)
+	for range 4 {
+		keyID := nodes[0].newKey(t)
+		var requests [2]engine.ImportInput
+		for i, n := range nodes {
+			requests[i] = n.importRequest(t, keyID, randomBytes(32))
+		}
+		won := 0
+		for _, err := range inParallel(len(nodes), func(i int) error {
+			_, err := nodes[i].ImportKeyMaterial(t.Context(), requests[i])
+			return err
+		}) {
+			if err == nil {
+				won++
+				continue
+			}
+			require.ErrorIs(t, err, engine.InvalidKeyMaterial)
+		}
+		require.Equal(t, 1, won)
+		sealed, err := nodes[0].Encrypt(t.Context(), keyID, []byte("carried"), nil)
+		require.NoError(t, err)
+		opened, err := nodes[1].Decrypt(t.Context(), sealed.Blob, nil)
+		require.NoError(t, err)
+		require.Equal(t, "carried", string(opened.Plaintext))
+	}
+}
+
+// Two nodes that sweep all the time do each thing once, and one that ends
+// leaves it to the other.
+func TestOneNodeSweepsForAll(t *testing.T) {
+	_, dsn := newDatabase(t)
+	clock := newClock()
+	nodes := newNodes(t, dsn, 2, func(c *engine.Config) { c.Now = clock.Now })
+	keyID := nodes[0].newKey(t)
+	in := nodes[0].importRequest(t, keyID, randomBytes(32))
+	in.ExpireAt = clock.Now().Add(time.Hour).Truncate(time.Second)
+	_, err := nodes[0].ImportKeyMaterial(t.Context(), in)
+	require.NoError(t, err)
+	revision := func() int64 {
+		row, err := nodes[0].store.Key(t.Context(), keyID)
+		require.NoError(t, err)
+		return row.Revision
+	}
+	before := revision()
+	clock.advance(2 * time.Hour)
+	for _, err := range inParallel(8, func(i int) error { return nodes[i%2].Sweep(t.Context()) }) {
+		require.NoError(t, err)
+	}
+	require.Equal(t, before+1, revision())
+	row, err := nodes[0].store.Key(t.Context(), keyID)
+	require.NoError(t, err)
+	require.Empty(t, row.Material)
+
+	_, err = nodes[1].ImportKeyMaterial(t.Context(), engine.ImportInput{
+		KeyID: keyID, EncryptedKeyMaterial: in.EncryptedKeyMaterial, ImportToken: in.ImportToken,
+		ExpireAt: clock.Now().Add(time.Hour).Truncate(time.Second),
+	})
+	require.NoError(t, err)
+	clock.advance(2 * time.Hour)
+	require.NoError(t, nodes[0].Close())
+	require.NoError(t, nodes[1].Sweep(t.Context()))
+	row, err = nodes[1].store.Key(t.Context(), keyID)
+	require.NoError(t, err)
+	require.Empty(t, row.Material, "the other node goes on at once")
+}
+
+// Pairs are generated by one node and taken by all.
+func TestNodesShareAPool(t *testing.T) {
+	_, dsn := newDatabase(t)
+	nodes := newNodes(t, dsn, 2, func(c *engine.Config) { c.PoolSize, c.PairBound = 2, 64 })
+	keyID := nodes[0].newKey(t)
+	for _, err := range inParallel(6, func(i int) error {
+		_, err := nodes[i%2].GetParametersForImport(t.Context(), keyID, hsm.RSA2048, hsm.OAEPSHA1)
+		if err == nil {
+			err = nodes[0].Sweep(t.Context())
+		}
+		return errors.Join(err, nodes[1].Sweep(t.Context()))
+	}) {
+		require.NoError(t, err)
+	}
+	ready := func() (n int) {
+		counts, err := nodes[0].store.PairCounts(t.Context(), time.Now())
+		require.NoError(t, err)
+		for _, c := range counts {
+			if c.Algorithm == string(hsm.OAEPSHA1) {
+				require.Equal(t, 6, c.Bound, "each call has a pair of its own")
+				n = c.Ready
+			}
+		}
+		return n
+	}
+	require.Eventually(t, func() bool { return ready() == 2 }, time.Minute, 10*time.Millisecond, "and no more")
+}
