@@ -245,6 +245,11 @@ func (e *Engine) Close() error {
 			e.log.LogAttrs(ctx, slog.LevelWarn, "the log of receipts could not be signed at the end", slog.Any("error", err))
 		}
 	}
+	// Another node may do at once what this one did for all. If it cannot be
+	// told, the leases run out by themselves.
+	for _, lease := range []string{generatorLease, sweepLease} {
+		_, _ = e.store.Lease(ctx, lease, e.node, 0)
+	}
 	return e.usage.flush(ctx)
 }
 
