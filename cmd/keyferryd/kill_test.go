@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -17,6 +19,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/keyferry/keyferry/engine/byok"
+	"github.com/keyferry/keyferry/engine/receipt"
 	"github.com/keyferry/keyferry/hsm"
 )
 
@@ -26,6 +29,7 @@ type ledger struct {
 	*customer
 	acknowledged int64             // the expiry of the last import that was answered, 0 before the first
 	attempted    int64             // of the last one that was sent
+	made         []int64           // the expiries of all imports that took effect
 	ciphertexts  map[string]string // of plaintexts, in Base64
 	unchecked    map[string]string // those since the last start
 }
@@ -40,7 +44,7 @@ func (l *ledger) work(ctx context.Context, wrapped string, answered func()) erro
 		if err := l.call(ctx, "ImportKeyMaterial", params, nil); err != nil {
 			return explained(err)
 		}
-		l.acknowledged = expire
+		l.acknowledged, l.made = expire, append(l.made, expire)
 		answered()
 		plaintext := base64.StdEncoding.EncodeToString([]byte(l.keyID + strconv.FormatInt(expire, 10)))
 		var answer struct{ CiphertextBlob string }
@@ -81,12 +85,41 @@ func (l *ledger) check(t *testing.T, ciphertexts map[string]string) {
 	expires, err := time.Parse(time.RFC3339, answer.KeyMetadata.MaterialExpireTime)
 	require.NoError(t, err)
 	require.Contains(t, []int64{l.acknowledged, l.attempted}, expires.Unix())
+	if len(l.made) == 0 || expires.Unix() != l.made[len(l.made)-1] { // the last one took effect, unanswered
+		l.made = append(l.made, expires.Unix())
+	}
 	l.acknowledged = expires.Unix()
+	l.checkReceipts(t)
 	for plaintext, blob := range ciphertexts {
 		var opened struct{ Plaintext string }
 		require.NoError(t, l.call(t.Context(), "Decrypt", map[string]string{"CiphertextBlob": blob}, &opened))
 		require.Equal(t, plaintext, opened.Plaintext)
 	}
+}
+
+// checkReceipts requires that there is an entry for each import that took
+// effect, in order, and none for any other.
+func (l *ledger) checkReceipts(t *testing.T) {
+	t.Helper()
+	var expiries []int64
+	for page := 1; ; page++ {
+		var answer struct {
+			Receipts   struct{ Receipt []struct{ Entry string } }
+			TotalCount int
+		}
+		params := map[string]string{"KeyId": l.keyID, "PageNumber": strconv.Itoa(page), "PageSize": "100"}
+		require.NoError(t, l.call(t.Context(), "ListImportReceipts", params, &answer))
+		for _, r := range answer.Receipts.Receipt {
+			e, err := receipt.ParseEntry([]byte(r.Entry))
+			require.NoError(t, err)
+			expiries = append(expiries, e.ExpireAt.Unix())
+		}
+		if len(expiries) == answer.TotalCount {
+			break
+		}
+	}
+	slices.Reverse(expiries)
+	require.Equal(t, l.made, expiries)
 }
 
 // Twenty times the server is killed while customers import and encrypt, each
@@ -141,7 +174,49 @@ func TestKillsDuringImports(t *testing.T) {
 		l.client = s.client(t)
 		l.check(t, l.ciphertexts)
 	}
+	checkLog(t, s.client(t), all)
 	require.NoError(t, s.stop())
+}
+
+// checkLog verifies the whole log of receipts, which has every import of all
+// customers and nothing else.
+func checkLog(t *testing.T, c *client, all []*ledger) {
+	t.Helper()
+	var head struct {
+		Head      string
+		Size      int64
+		PublicKey []byte
+	}
+	require.NoError(t, c.call(t.Context(), "GetReceiptLogHead", nil, &head))
+	key, err := receipt.ParsePublicKey(head.PublicKey)
+	require.NoError(t, err)
+	var log bytes.Buffer
+	w, err := receipt.NewLogWriter(&log, []byte(head.Head), key)
+	require.NoError(t, err)
+	for start := int64(0); start < head.Size; {
+		var page struct {
+			Entries struct {
+				Entry []struct {
+					Index int64
+					Hash  receipt.Hash
+					Text  string
+				}
+			}
+		}
+		require.NoError(t, c.call(t.Context(), "GetReceiptLog", map[string]string{"Start": strconv.FormatInt(start, 10)}, &page))
+		require.NotEmpty(t, page.Entries.Entry)
+		for _, e := range page.Entries.Entry {
+			require.NoError(t, w.Write(receipt.LogEntry{Index: e.Index, Hash: e.Hash, Entry: []byte(e.Text)}))
+		}
+		start += int64(len(page.Entries.Entry))
+	}
+	report, err := receipt.VerifyLog(&log, key, receipt.LogChecks{})
+	require.NoError(t, err)
+	made := 0
+	for _, l := range all {
+		made += len(l.made)
+	}
+	require.EqualValues(t, made, report.Imports)
 }
 
 // shareOnePair leaves the server of a dev directory with next to no wrapping

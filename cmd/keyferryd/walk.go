@@ -10,6 +10,7 @@ import (
 	"io"
 
 	"github.com/keyferry/keyferry/engine/byok"
+	"github.com/keyferry/keyferry/engine/receipt"
 )
 
 // walk is the customer of the demo, who owns a key and has the KMS use it.
@@ -50,6 +51,7 @@ func (w *walk) life(ctx context.Context) error {
 		{"Make key material, on the customer's side only", w.generate},
 		{"Wrap it under the public key and import it: ImportKeyMaterial", w.importOwn},
 		{"Compare what both sides computed of the material", w.compare},
+		{"Fetch the receipt of the import, signed by the token, and verify it: GetImportReceipt", w.receipt},
 		{"Encrypt under the key, in the token: Encrypt", w.encrypt},
 		{"Take the material away: DeleteKeyMaterial", w.delete},
 		{"Try to decrypt without it: must be refused", w.useRefused},
@@ -189,6 +191,44 @@ func (w *walk) compare(ctx context.Context) error {
 		return errors.New("the two sides differ")
 	}
 	w.say("The token holds the customer's key, and no other.")
+	return nil
+}
+
+// receipt takes the public key from the receipt itself. A customer has it from
+// the operator, who prints it with keyferryd receipt-key.
+func (w *walk) receipt(ctx context.Context) error {
+	var answer struct {
+		Index       int64
+		Entry, Head string
+		EntryHash   receipt.Hash
+		PublicKey   []byte
+		Proof       struct{ Hash []receipt.Hash }
+	}
+	if err := w.kms.call(ctx, "GetImportReceipt", map[string]string{"KeyId": w.keyID}, &answer); err != nil {
+		return err
+	}
+	key, err := receipt.ParsePublicKey(answer.PublicKey)
+	if err != nil {
+		return err
+	}
+	r := receipt.Receipt{
+		Index: answer.Index, Entry: []byte(answer.Entry), EntryHash: answer.EntryHash, Proof: answer.Proof.Hash,
+		Head: []byte(answer.Head), PublicKey: answer.PublicKey,
+	}
+	entry, head, err := r.Verify(key)
+	if err != nil {
+		return err
+	}
+	id, err := byok.MaterialID(w.keyID, w.material)
+	if err != nil {
+		return err
+	}
+	if entry.MaterialID != id {
+		return errors.New("it is the receipt of other material")
+	}
+	w.say("Entry     %d of a log of %d: %s of material %x... at %s", r.Index, head.Size, entry.Kind, entry.MaterialID[:8], entry.Time.Format("15:04:05Z"))
+	w.say("Key       %s", key.Fingerprint())
+	w.say("The log cannot lose it unnoticed: keyferry receipt get, log and verify.")
 	return nil
 }
 
