@@ -87,6 +87,14 @@ var KnownHoles = []Hole{
 			"and reads every key.",
 	},
 	{
+		ID: "T17", Shown: shownByThief,
+		Limit: "SoftHSM2 never locks a token, and whoever has its files tries some thousand PINs a second and processor: only PINs of random characters hold.",
+	},
+	{
+		ID: "T18", Shown: shownByDatabase,
+		Limit: "Deletion is final only as far as no backup of the database survives together with the token, or a backup of it, whose vault key opens the database.",
+	},
+	{
 		ID: "T11", Shown: shownByThief,
 		Limit: "RSAES_PKCS1_V1_5 cannot be made safe against the PIN: the unwrap of a living pair is a padding oracle that opens what was wrapped under it.",
 	},

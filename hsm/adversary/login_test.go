@@ -78,6 +78,32 @@ func outsider(g *group) {
 	g.try("D1/set the user PIN", refused(pkcs11.CKR_PIN_INCORRECT), func() error {
 		return g.p.SetPIN(g.s, "a guess of the thief's", thiefsPIN)
 	})
+	guessPINs(g)
+}
+
+// guessPINs tries PINs until one is right: no token of SoftHSM2 is ever locked.
+func guessPINs(g *group) {
+	const wrong = 50
+	for name, who := range map[string]struct {
+		user uint
+		pin  func() ([]byte, error)
+	}{"user": {pkcs11.CKU_USER, g.soft.UserPIN}, "SO": {pkcs11.CKU_SO, g.soft.SOPIN}} {
+		for i := range wrong {
+			g.try(fmt.Sprintf("T17/guess the %s PIN, %d", name, i), refused(pkcs11.CKR_PIN_INCORRECT), func() error {
+				return g.p.Login(g.s, who.user, fmt.Sprintf("%s, no. %d", thiefsPIN, i))
+			})
+		}
+		g.try("T17/the right "+name+" PIN after so many wrong ones", hole("T17", pkcs11.CKR_PIN_LOCKED), func() error {
+			pin, err := who.pin()
+			if err != nil {
+				return err
+			}
+			if err := g.p.Login(g.s, who.user, string(pin)); err != nil {
+				return err
+			}
+			return g.p.Logout(g.s)
+		})
+	}
 }
 
 // officer has the SO PIN as well (T6). The vault pins EXTRACTABLE=false for
