@@ -58,6 +58,11 @@ type Config struct {
 
 	CacheSize int // open keys; 0: 10,000
 
+	// Nodes is how many Engines share the store at most. Each counts the uses
+	// of a CMK by itself, and so allows as many as divided by Nodes are within
+	// the budget of AES-GCM. 0: 1.
+	Nodes int
+
 	// A refused import is answered at FailureFloor after its start or at a
 	// multiple of it, whatever the token took to refuse it. 0: 100 ms.
 	FailureFloor time.Duration
@@ -85,6 +90,7 @@ func (c *Config) Validate() error {
 		{"PoolSize", int64(c.PoolSize)},
 		{"PairBound", int64(c.PairBound)},
 		{"CacheSize", int64(c.CacheSize)},
+		{"Nodes", int64(c.Nodes)},
 		{"FailureFloor", int64(c.FailureFloor)},
 		{"FailureBudget", int64(c.FailureBudget)},
 		{"SweepInterval", int64(c.SweepInterval)},
@@ -205,6 +211,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	}
 	e.life, e.end = context.WithCancel(context.Background())
 	e.usage = newUsage(e.token, e.store, e.log, e.observer.Warned)
+	e.usage.share(orDefault(cfg.Nodes, 1))
 	e.authority = newAuthority(e.token, orDefault(cfg.CacheSize, 10000))
 	e.cache = newCache(orDefault(cfg.CacheSize, 10000), e.openRow, e.discardKey, e.observer.Used)
 	e.store.Watch(e.cache.drop)

@@ -39,6 +39,9 @@ func (e *Engine) SetUsageLimits(budget, unwritten uint64) {
 	e.usage.budget, e.usage.unwritten = budget, unwritten
 }
 
+// UsageBudget is how many uses of a key are allowed.
+func (e *Engine) UsageBudget() uint64 { return e.usage.budget }
+
 // OpenKeys is how many keys the cache holds open.
 func (e *Engine) OpenKeys() int {
 	e.cache.mu.Lock()

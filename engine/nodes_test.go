@@ -117,7 +117,8 @@ func (n *node) requireStops(t *testing.T, keyID string, kind engine.Kind) {
 // What one node stops, the other stops, which has the key open.
 func TestOneNodeStopsAll(t *testing.T) {
 	_, dsn := newDatabase(t)
-	nodes := newNodes(t, dsn, 2)
+	nodes := newNodes(t, dsn, 2, func(c *engine.Config) { c.Nodes = 4 })
+	require.EqualValues(t, 1<<30, nodes[0].UsageBudget(), "a quarter of what AES-GCM allows")
 	one, two := nodes[0], nodes[1]
 	keyID, material := one.newKey(t), randomBytes(32)
 	in := one.importRequest(t, keyID, material)
@@ -279,4 +280,52 @@ func TestNodesShareAPool(t *testing.T) {
 		return n
 	}
 	require.Eventually(t, func() bool { return ready() == 2 }, time.Minute, 10*time.Millisecond, "and no more")
+}
+
+// Nodes that take turns with a key, whichever started first, and restart
+// meanwhile, use it together no more often than its budget allows.
+func TestNodesShareABudget(t *testing.T) {
+	_, dsn := newDatabase(t)
+	const budget, unwritten = 200, 4 // of each
+	open := func() *node {
+		n := newNodes(t, dsn, 1, func(c *engine.Config) { c.Nodes, c.CacheSize = 2, 1 })[0]
+		require.EqualValues(t, 1<<31, n.UsageBudget(), "half of what AES-GCM allows")
+		n.SetUsageLimits(budget, unwritten)
+		return n
+	}
+	nodes := []*node{open(), open()}
+	keys := make([]string, 2)
+	for i := range keys {
+		keys[i] = nodes[0].newKey(t)
+		_, err := nodes[0].ImportKeyMaterial(t.Context(), nodes[0].importRequest(t, keys[i], randomBytes(32)))
+		require.NoError(t, err)
+		// The boot of the first node is the earlier one.
+		require.NoError(t, nodes[i].encrypts(keys[i]))
+		require.NoError(t, nodes[1-i].encrypts(keys[i]), "a row of the other node's boot is as good")
+	}
+	total := 4
+	for round := 0; ; round++ {
+		refused := 0
+		for _, n := range nodes {
+			for _, key := range keys { // each use closes the other key, and so its count is loaded again
+				switch err := n.encrypts(key); {
+				case errors.Is(err, engine.LimitExceeded):
+					refused++
+				default:
+					require.NoError(t, err)
+					total++
+				}
+			}
+			require.NoError(t, n.Sweep(t.Context()))
+		}
+		if refused == len(nodes)*len(keys) {
+			break
+		}
+		if round == 5 {
+			require.NoError(t, nodes[0].Close())
+			nodes[0] = open()
+		}
+	}
+	require.LessOrEqual(t, total, 2*2*budget)
+	require.Greater(t, total, 2*(budget-3*unwritten)/(unwritten+1), "taking turns costs no more than it may")
 }

@@ -28,9 +28,18 @@ import (
 // too small. A boot number is drawn at the first encryption, not at the start,
 // so that a process that restarts and restarts does not use up anybody's
 // budget.
+//
+// Nodes that share a store count side by side, and a row keeps the greatest of
+// their counts. All of them together have used the CMK no more often than that
+// times their number: so the budget of each is divided by it. Their boots
+// alternate in the row, so that what lies between two of them says nothing. Who
+// loads the row of another boot therefore charges for one, and writes that down
+// before it counts on from there: so no node ever starts below what it lost.
 const (
 	gcmBudget    = 1 << 32
 	maxUnwritten = 1 << 16
+	// Less where nodes charge each other whenever they take turns.
+	maxUnwrittenShared = 1 << 10
 )
 
 // usageDomain labels the MAC of a usage row.
@@ -48,6 +57,8 @@ type usage struct {
 
 	budget    uint64 // gcmBudget
 	unwritten uint64 // maxUnwritten
+
+	shared bool // with other nodes
 
 	booting chan struct{} // held while boot is drawn
 	boot    atomic.Uint64 // 0: none drawn yet
@@ -77,6 +88,13 @@ func newUsage(token *hsm.Token, st store.Store, log *slog.Logger, seen func()) *
 		unwritten: maxUnwritten,
 		booting:   make(chan struct{}, 1),
 		counters:  make(map[string]*counter),
+	}
+}
+
+// share divides the budget among as many nodes as there are at most.
+func (u *usage) share(nodes int) {
+	if nodes > 1 {
+		u.shared, u.budget, u.unwritten = true, gcmBudget/uint64(nodes), maxUnwrittenShared
 	}
 }
 
@@ -170,6 +188,12 @@ func (c *counter) load(ctx context.Context) error {
 	default:
 		if err := u.verify(ctx, c.keyID, &row, boot); err != nil {
 			return err
+		}
+		if u.shared && row.Boot != boot {
+			row.Uses, row.Boot = row.Uses+u.unwritten, boot
+			if err := u.put(ctx, []store.Usage{row}); err != nil {
+				return err
+			}
 		}
 	}
 	uses := u.charged(&row, boot)
@@ -273,7 +297,7 @@ func encodeUsage(row *store.Usage) []byte {
 // that has not been.
 func (u *usage) verify(ctx context.Context, keyID string, row *store.Usage, boot uint64) error {
 	err := u.token.VerifyMAC(ctx, row.MAC, usageDomain, encodeUsage(row))
-	if err == nil && (row.KeyID != keyID || row.Boot > boot) {
+	if err == nil && (row.KeyID != keyID || row.Boot > boot && !u.shared) {
 		err = fmt.Errorf("%w: a count of uses of another key or from a later boot", hsm.ErrUntrusted)
 	}
 	if errors.Is(err, hsm.ErrUntrusted) {

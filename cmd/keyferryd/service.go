@@ -67,6 +67,7 @@ func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service
 	engineConfig := engine.Config{
 		Token: s.token, Store: s.store, Logger: log,
 		PoolSize: cfg.Pairs.Ready, PairBound: cfg.Pairs.Outstanding, PairSpecs: cfg.Pairs.Specs,
+		Nodes: cfg.Store.nodes(),
 	}
 	if s.metrics != nil {
 		engineConfig.Observer = s.metrics
