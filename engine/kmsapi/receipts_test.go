@@ -32,7 +32,8 @@ func TestReceiptActions(t *testing.T) {
 		{"GetImportReceipt", params("KeyId", keyID), engine.ReceiptInput{KeyID: keyID}, single},
 		{
 			"GetImportReceipt", params("KeyId", keyID, "ImportRequestId", "R", "Since", "2"),
-			engine.ReceiptInput{KeyID: keyID, RequestID: "R", Since: 2}, since,
+			engine.ReceiptInput{KeyID: keyID, RequestID: "R", Since: 2},
+			since,
 		},
 		{"ListImportReceipts", params("KeyId", keyID, "PageNumber", "3", "PageSize", "20"), [2]int{40, 20}, map[string]any{
 			"KeyId": keyID, "TotalCount": 7.0, "PageNumber": 3.0, "PageSize": 20.0,
