@@ -25,6 +25,7 @@ var house = map[string][]string{
 	"hsm/internal/cryptoki":        {},
 	"hsm":                          {"hsm/internal/cryptoki"},
 	"hsm/hsmtest":                  {"hsm/internal/cryptoki"}, // for tests alone
+	"hsm/contract":                 {},                        // tests alone
 	"hsm/adversary":                {},                        // tests alone
 	"hsm/adversary/thief":          {},                        // for those tests
 	"engine/store":                 {"hsm"},

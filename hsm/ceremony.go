@@ -5,6 +5,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"sync"
 
@@ -19,6 +20,7 @@ const MinPINLen = 22
 // InitConfig is what the ceremony of Init needs.
 type InitConfig struct {
 	Module, Label string
+	InitArgs      string // as in Config
 	// Pins are those of an earlier Init, or zero. A key that they name must
 	// be on the token: a second vault beside a lost one would hide the loss.
 	Pins Pins
@@ -29,6 +31,13 @@ type InitConfig struct {
 	// that everything can one day be sealed anew under another vault. The
 	// price: a thief of both PINs can take the same way.
 	Reseal bool
+	// Accept is as in Config. With TrustedUnavailable a vault is made without
+	// CKA_TRUSTED where the security officer cannot make it, or has no PIN here.
+	Accept []Exception
+	// VendorTrust: CKA_TRUSTED is set by the vendor's own tool, on a key that
+	// is there. Init makes the vault and ends with a MarkError; run again when
+	// the key is marked, it goes on from there.
+	VendorTrust bool
 	// Profile and Profiles are as in Config. A token that proves SM4 gets an
 	// SM4 vault.
 	Profile  string
@@ -44,17 +53,26 @@ type InitConfig struct {
 // CKA_TRUSTED and copied to the token by the user in the same session: no
 // clear copy of it is ever stored.
 //
-// Errors: ErrPIN, ErrUntrusted (the token carries a trusted object that is not
+// A token that cannot keep a rule is refused with an ExceptionError before
+// anything is made, unless InitConfig.Accept has the exception.
+//
+// Errors: ErrPIN, ErrMark, ErrUntrusted (the token carries a trusted object that is not
 // ours, or not the pinned key), ErrUnsupported, ErrUnavailable (the token is
 // not there, or somebody is logged in to it in this process).
 func Init(ctx context.Context, cfg InitConfig) (Pins, error) {
 	if cfg.UserPIN == nil {
 		return Pins{}, errors.New("hsm: InitConfig.UserPIN is nil")
 	}
+	if err := validateAccept(cfg.Accept); err != nil {
+		return Pins{}, err
+	}
+	if cfg.VendorTrust && slices.Contains(cfg.Accept, TrustedUnavailable) {
+		return Pins{}, errors.New("hsm: InitConfig has VendorTrust and accepts that CKA_TRUSTED is unavailable: it is one or the other")
+	}
 	if err := ctx.Err(); err != nil {
 		return Pins{}, err
 	}
-	mod, err := p11.Load(cfg.Module)
+	mod, err := p11.Load(cfg.Module, cfg.InitArgs)
 	if err != nil {
 		return Pins{}, fmt.Errorf("%w: %v", ErrUnavailable, err)
 	}
@@ -62,32 +80,10 @@ func Init(ctx context.Context, cfg InitConfig) (Pins, error) {
 	return pins, errors.Join(fault("initialise the token's keys", err), mod.Close())
 }
 
-// neededMechanisms is what no token can do without.
-var neededMechanisms = map[p11.Mechanism]string{
-	p11.AESKeyGen: "CKM_AES_KEY_GEN", p11.AESKeyWrap: "CKM_AES_KEY_WRAP", p11.AESECB: "CKM_AES_ECB",
-	p11.AESCMAC: "CKM_AES_CMAC", p11.AESGCM: "CKM_AES_GCM", p11.GenericKeyGen: "CKM_GENERIC_SECRET_KEY_GEN",
-	p11.SHA256HMAC: "CKM_SHA256_HMAC", p11.RSAKeyPairGen: "CKM_RSA_PKCS_KEY_PAIR_GEN", p11.RSAOAEP: "CKM_RSA_PKCS_OAEP",
-	p11.ECKeyPairGen: "CKM_EC_KEY_PAIR_GEN", p11.ECDSA: "CKM_ECDSA",
-}
-
 func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 	tok, err := findToken(mod, cfg.Label, cfg.Pins.Serial)
 	if err != nil {
 		return Pins{}, err
-	}
-	has, err := mod.MechanismList(tok.Slot)
-	if err != nil {
-		return Pins{}, err
-	}
-	var missing []string
-	for m, name := range neededMechanisms {
-		if !has[m] {
-			missing = append(missing, name)
-		}
-	}
-	if len(missing) > 0 {
-		slices.Sort(missing)
-		return Pins{}, fmt.Errorf("%w: %v", ErrUnsupported, missing)
 	}
 	s, err := mod.OpenSession(tok.Slot)
 	if err != nil {
@@ -102,12 +98,16 @@ func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 		return Pins{}, err
 	}
 	defer func() { _ = s.Logout() }()
-	proven, err := findProfile(mod, tok.Slot, s, cfg.Profile, cfg.Profiles)
+	caps, err := prober{mod: mod, slot: tok.Slot, log: slog.New(slog.DiscardHandler), profile: cfg.Profile, profiles: cfg.Profiles}.probe()
 	if err != nil {
 		return Pins{}, err
 	}
-	kinds := proven.vaultKinds()
-	pins, err := present(s, proven, cfg.Pins)
+	r, err := caps.accepted(cfg.Accept)
+	if err != nil {
+		return Pins{}, err
+	}
+	proven, kinds := caps.sm, caps.sm.vaultKinds()
+	pins, err := present(s, r, proven, cfg.Pins)
 	if err != nil {
 		return Pins{}, err
 	}
@@ -119,12 +119,12 @@ func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 		missingVaults = append(missingVaults, kind)
 	}
 	if len(missingVaults) > 0 {
-		if err := makeVaults(s, cfg, missingVaults); err != nil {
+		if r, err = makeVaults(s, r, caps, cfg, missingVaults); err != nil {
 			return Pins{}, err
 		}
 	}
 	if pins.MACKey == (Fingerprint{}) {
-		if _, err := s.GenerateKey(p11.GenericKeyGen, p11.NewTemplate(macKey()...)); err != nil {
+		if _, err := s.GenerateKey(p11.GenericKeyGen, r.template(macKey()...)); err != nil {
 			return Pins{}, fmt.Errorf("%w: cannot generate the MAC key (%w)", ErrUnsupported, err)
 		}
 	}
@@ -134,12 +134,12 @@ func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 			return Pins{}, err
 		}
 		public, private := receiptKey(id)
-		if _, _, err := s.GenerateKeyPair(p11.ECKeyPairGen, p11.NewTemplate(public...), p11.NewTemplate(private...)); err != nil {
+		if _, _, err := s.GenerateKeyPair(p11.ECKeyPairGen, r.template(public...), r.template(private...)); err != nil {
 			return Pins{}, fmt.Errorf("%w: cannot generate the receipt key (%w)", ErrUnsupported, err)
 		}
 	}
 	// Read everything back: what is pinned is what the token holds now.
-	made, err := present(s, proven, cfg.Pins)
+	made, err := present(s, r, proven, cfg.Pins)
 	made.Serial = tok.Serial
 	_, sm4 := kinds[SM4]
 	if err == nil && (made.VaultAES == Fingerprint{} || made.MACKey == Fingerprint{} || made.ReceiptKey == Fingerprint{} ||
@@ -151,16 +151,16 @@ func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
 
 // present returns the fingerprints of our keys that are on the token, zero for
 // those that are not, and insists on those that are pinned.
-func present(s *p11.Session, proven sm, pinned Pins) (out Pins, err error) {
-	vaults, err := findVaults(s, proven)
+func present(s *p11.Session, r rules, proven sm, pinned Pins) (out Pins, err error) {
+	vaults, err := findVaults(s, r, proven)
 	if err != nil {
 		return out, err
 	}
-	macs, err := findMACKeys(s)
+	macs, err := findMACKeys(s, r)
 	if err != nil {
 		return out, err
 	}
-	receipts, err := findReceiptKeys(s)
+	receipts, err := findReceiptKeys(s, r)
 	if err != nil {
 		return out, err
 	}
@@ -197,43 +197,6 @@ func present(s *p11.Session, proven sm, pinned Pins) (out Pins, err error) {
 	return out, nil
 }
 
-// makeVaults runs the part of the ceremony that needs both users, within one
-// session, whose objects the keys are until they are copied to the token.
-func makeVaults(s *p11.Session, cfg InitConfig, kinds []vaultKind) error {
-	if cfg.SOPIN == nil {
-		return fmt.Errorf("%w: a vault key is missing, and only the security officer can make it", ErrSOPIN)
-	}
-	if err := s.Logout(); err != nil {
-		return err
-	}
-	if err := login(s, p11.SO, longEnough(ErrSOPIN, cfg.SOPIN)); err != nil {
-		return err
-	}
-	var born []p11.Handle
-	for _, kind := range kinds {
-		h, err := s.GenerateKey(p11.AESKeyGen, p11.NewTemplate(kind.birth(cfg.Reseal)...))
-		if err != nil {
-			return fmt.Errorf("%w: the security officer cannot generate a trusted key (%w)", ErrUnsupported, err)
-		}
-		born = append(born, h)
-	}
-	if err := s.Logout(); err != nil {
-		return err
-	}
-	if err := login(s, p11.NormalUser, cfg.UserPIN); err != nil {
-		return err
-	}
-	for _, h := range born {
-		if _, err := s.CopyObject(h, p11.NewTemplate(vaultPlacement()...)); err != nil {
-			return fmt.Errorf("%w: cannot copy a vault key to the token (%w)", ErrUnsupported, err)
-		}
-		if err := s.DestroyObject(h); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
 // initialising makes InitToken of one process take turns: two would take the
 // same slot.
 var initialising sync.Mutex
@@ -264,7 +227,7 @@ func InitToken(ctx context.Context, module, label string, soPIN, userPIN func() 
 	if err != nil {
 		return "", err
 	}
-	mod, err := p11.Load(module)
+	mod, err := p11.Load(module, "")
 	if err != nil {
 		return "", fmt.Errorf("%w: %v", ErrUnavailable, err)
 	}

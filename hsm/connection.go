@@ -21,22 +21,24 @@ const keepers = 2
 type connection struct {
 	t    *Token
 	slot uint
-	caps *capabilities
+	caps *Capabilities
 
-	sm        sm
-	vaults    map[MaterialSpec]*vault // never changed once made
-	mac       p11.Handle
-	receipt   *signer // nil: none is pinned
-	measured  *p11.Template
-	pairs     sync.Map          // PairID → *pair
-	residents sync.Map          // ObjectID → *verifiedResident
-	places    chan *p11.Session // the pool: a session, or nil for one not opened yet
-	keepers   chan *p11.Session
-	kept      int           // keepers that were opened
-	born      time.Time     // when it was complete
-	gone      chan struct{} // closed when the connection is lost or closed
-	idle      chan struct{} // closed when the last of its calls has returned
-	left      atomic.Int32  // calls under way that nobody waits for any more
+	rules      rules // what is left of the templates on this token
+	sm         sm
+	vaults     map[MaterialSpec]*vault // never changed once made
+	mac        p11.Handle
+	receipt    *signer // nil: none is pinned
+	measured   *p11.Template
+	attributes []string          // of measured, as receipts name them
+	pairs      sync.Map          // PairID → *pair
+	residents  sync.Map          // ObjectID → *verifiedResident
+	places     chan *p11.Session // the pool: a session, or nil for one not opened yet
+	keepers    chan *p11.Session
+	kept       int           // keepers that were opened
+	born       time.Time     // when it was complete
+	gone       chan struct{} // closed when the connection is lost or closed
+	idle       chan struct{} // closed when the last of its calls has returned
+	left       atomic.Int32  // calls under way that nobody waits for any more
 
 	mu   sync.Mutex // guards size, and the closing of gone
 	size int        // of the pool
@@ -88,7 +90,7 @@ func (t *Token) connect() (_ *connection, shown bool, err error) {
 	}
 	c := &connection{
 		t: t, slot: tok.Slot, keepers: make(chan *p11.Session, keepers),
-		gone: make(chan struct{}), idle: make(chan struct{}), measured: p11.NewTemplate(measured()...),
+		gone: make(chan struct{}), idle: make(chan struct{}),
 	}
 	c.size = t.cfg.Sessions
 	if n := int(tok.MaxSessions); n > 0 {
@@ -128,18 +130,28 @@ func (t *Token) connect() (_ *connection, shown bool, err error) {
 
 // verify finds what the connection works with, and insists that it is ours.
 func (c *connection) verify(s *p11.Session) (err error) {
-	if known := c.t.caps.Load(); known != nil {
-		c.sm = known.sm
-	} else if c.sm, err = findProfile(c.t.mod, c.slot, s, c.t.cfg.Profile, c.t.cfg.Profiles); err != nil {
-		return fault("find the token's profile", err)
+	cfg := &c.t.cfg
+	// A token that comes back is the same: its serial and keys are pinned.
+	known := c.t.caps.Load()
+	if c.caps = known; known == nil {
+		p := prober{mod: c.t.mod, slot: c.slot, log: c.t.log, v15: cfg.AllowPKCS1v15, profile: cfg.Profile, profiles: cfg.Profiles}
+		if c.caps, err = p.probe(); err != nil {
+			return fault("probe the token", err)
+		}
+	}
+	c.sm = c.caps.sm
+	if c.rules, err = c.caps.accepted(cfg.Accept); err != nil {
+		return err
 	}
 	if err := c.findKeys(s); err != nil {
 		return fault("find the token's keys", err)
 	}
-	// A token that comes back is the same: its serial and keys are pinned.
-	if c.caps = c.t.caps.Load(); c.caps == nil {
-		if c.caps, err = c.probe(s); err != nil {
-			return fault("probe the token", err)
+	asked := c.rules.keep(measured())
+	c.measured, c.attributes = p11.NewTemplate(asked...), describe(asked)
+	if known == nil {
+		c.tellExceptions()
+		if err := c.proveVault(s); err != nil {
+			return fault("prove the vault", err)
 		}
 	}
 	return nil

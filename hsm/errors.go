@@ -25,6 +25,10 @@ var (
 	// ErrSOPIN is the ErrPIN that is about the security officer's.
 	ErrSOPIN = fmt.Errorf("%w: the security officer's", ErrPIN)
 
+	// ErrMark: Init has made a vault key that the vendor's own tool has to mark
+	// as trusted. Init is run again when that is done.
+	ErrMark = errors.New("hsm: a key waits to be marked as trusted by the vendor's tool")
+
 	// ErrUnsupported: this token cannot do it, and nothing else will do it
 	// in its place. The message names what is missing.
 	ErrUnsupported = errors.New("hsm: not supported by this token")

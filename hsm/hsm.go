@@ -67,6 +67,9 @@ type Pins struct {
 type Config struct {
 	// Module is the path of the PKCS#11 library.
 	Module string
+	// InitArgs is the string that some libraries want from C_Initialize in
+	// pReserved, such as NSS's "configDir=sql:/srv/keyferry/nss".
+	InitArgs string
 	// Label of the token. There must be exactly one token of this label.
 	Label string
 	// Pins of the token and its keys, as Init returned them.
@@ -85,6 +88,9 @@ type Config struct {
 	// answers. Profiles are those of the operator, beside BuiltinProfiles.
 	Profile  string
 	Profiles []Profile
+	// Accept is what the operator accepts that this token cannot keep. What
+	// the token can keep is kept all the same.
+	Accept []Exception
 	// Patience bounds how long a call waits for a token that is gone when its
 	// context does not, and Close for calls under way; 0 means 10 seconds.
 	Patience time.Duration
@@ -112,6 +118,7 @@ func (c Config) validate() error {
 	for _, p := range c.Profiles {
 		errs = append(errs, p.Validate())
 	}
+	errs = append(errs, validateAccept(c.Accept))
 	if c.Sessions < 0 {
 		errs = append(errs, errors.New("hsm: Config.Sessions is negative"))
 	}
@@ -134,7 +141,7 @@ type Token struct {
 	verify func(c *connection, s *p11.Session) error // of every new connection
 
 	conn atomic.Pointer[connection]   // nil while there is none
-	caps atomic.Pointer[capabilities] // of the last connection; never nil
+	caps atomic.Pointer[Capabilities] // of the first connection; never nil
 
 	losses, returns atomic.Uint64 // of the token, for Stats
 
@@ -154,7 +161,8 @@ type Token struct {
 
 // Open opens the token, logs in once, and proves by known answers what it can
 // do and that its keys are the pinned ones. It takes the time of generating
-// one RSA-2048 pair.
+// one RSA-2048 pair. A token that cannot keep a rule is refused with an
+// ExceptionError unless Config.Accept has the exception.
 //
 // Errors: ErrPIN, ErrUntrusted (another serial, another vault, an object with
 // CKA_TRUSTED that is not ours), ErrUnsupported, ErrUnavailable.
@@ -178,7 +186,7 @@ func openBy(ctx context.Context, cfg Config, verify func(*connection, *p11.Sessi
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	mod, err := p11.Load(cfg.Module)
+	mod, err := p11.Load(cfg.Module, cfg.InitArgs)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %v", ErrUnavailable, err)
 	}
@@ -241,27 +249,24 @@ func (t *Token) Close() error {
 	}
 }
 
+// Capabilities are what the token proved at Open. Do not modify them.
+func (t *Token) Capabilities() *Capabilities { return t.caps.Load() }
+
 // Offers reports whether the token proved at Open that it unwraps under pairs
 // of that spec by that algorithm. The error is ErrUnsupported and names what
 // is missing.
 func (t *Token) Offers(spec PairSpec, alg Algorithm) error {
-	return t.caps.Load().offers(spec, alg)
+	return t.caps.Load().Offers(spec, alg)
 }
 
 // Usable reports whether material of that spec can encrypt and decrypt on this
 // token. Material that cannot is still imported and identified.
 func (t *Token) Usable(spec MaterialSpec) error {
-	switch spec {
-	case AES256:
-		return nil
-	case SM4:
-		proven := t.caps.Load().sm
-		if proven.sm4 == nil && t.cfg.Pins.VaultSM4 == (Fingerprint{}) {
-			return fmt.Errorf("%w: the token has SM4 and no SM4 vault is pinned; run init to make it", ErrUnsupported)
-		}
-		return proven.sm4
+	err := t.caps.Load().Usable(spec)
+	if err == nil && spec == SM4 && t.cfg.Pins.VaultSM4 == (Fingerprint{}) {
+		return fmt.Errorf("%w: the token has SM4 and no SM4 vault is pinned; run init to make it", ErrUnsupported)
 	}
-	return fmt.Errorf("%w: material spec %q", ErrUnsupported, spec)
+	return err
 }
 
 // ImplicitRejection reports whether the token answers a tampered

@@ -101,10 +101,6 @@ func (c *connection) admit(s *session, p *pair, take func() (Imported, error)) (
 	return Imported{}, ErrInvalidMaterial
 }
 
-// measuredAttributes are the attributes of an unwrapped object that is not
-// refused: it reads back exactly as it was asked for.
-var measuredAttributes = describe(measured())
-
 // blobRoom holds every RFC 3394 blob that is made here.
 const blobRoom = 64
 
@@ -140,7 +136,7 @@ func (c *connection) unwrapMeasureSeal(s *session, p *pair, req ImportRequest) (
 	}
 	// From here on it is an AES key of some length: no customer's fault is left
 	// but another length than the spec's.
-	if out.Identity.MaterialID, err = measureID(s.Session, key, req.Context); err != nil {
+	if out.Identity.MaterialID, err = c.measureID(s.Session, key, req.Context); err != nil {
 		return Imported{}, c.own("AES-CMAC", err)
 	}
 	// SM4 material waits in the AES vault while the token has no SM4.
@@ -157,7 +153,7 @@ func (c *connection) unwrapMeasureSeal(s *session, p *pair, req ImportRequest) (
 	if len(blob) != req.Spec.Len()+8 {
 		return Imported{}, errLength
 	}
-	out.Attributes = measuredAttributes
+	out.Attributes = c.attributes
 	out.Material = Material{Custody: Sealed, Spec: req.Spec, Vault: v.fingerprint, Ref: blob}
 	out.CheckValue = CheckValue{Algorithm: CheckValueAES, Value: out.Identity.KCV}
 	if req.Spec == SM4 && v == c.vaults[SM4] {
@@ -216,17 +212,17 @@ func MaterialIDInput(i byte, context []byte) []byte {
 	return append(out, context...)
 }
 
-func measureID(s *p11.Session, key p11.Handle, context []byte) (id [MaterialIDLen]byte, err error) {
+func (c *connection) measureID(s *p11.Session, key p11.Handle, context []byte) (id [MaterialIDLen]byte, err error) {
+	cmac := nativeCMAC
+	if c.rules.builtCMAC {
+		cmac = builtCMAC
+	}
 	for i := range 2 {
-		half := id[i*aes.BlockSize:][:aes.BlockSize]
-		var buf [aes.BlockSize]byte
-		out, err := s.Sign(p11.Plain(p11.AESCMAC), key, MaterialIDInput(byte(i+1), context), buf[:])
+		out, err := cmac(s, key, MaterialIDInput(byte(i+1), context))
 		if err != nil {
 			return id, err
 		}
-		if copy(half, out) != aes.BlockSize {
-			return id, fmt.Errorf("hsm: the token's AES-CMAC has %d bytes", len(out))
-		}
+		copy(id[i*aes.BlockSize:], out[:])
 	}
 	return id, nil
 }
@@ -243,7 +239,7 @@ func (c *connection) knownAnswer(s *p11.Session, p *pair) error {
 	}
 	tmpl := c.measured
 	if p.Custody == Resident {
-		if tmpl, err = passing(p.label); err != nil {
+		if tmpl, err = c.rules.passing(p.label); err != nil {
 			return err
 		}
 	}

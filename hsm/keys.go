@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
@@ -21,6 +22,7 @@ type vault struct {
 	handle      p11.Handle
 	fingerprint Fingerprint
 	kind        vaultKind
+	trusted     bool          // it has CKA_TRUSTED
 	reseal      bool          // what it pins of CKA_EXTRACTABLE
 	canary      []byte        // a blob that it opens
 	opened      *p11.Template // of what it opens
@@ -40,9 +42,12 @@ func (proven sm) vaultKinds() map[MaterialSpec]vaultKind {
 // every blob.
 func (c *connection) findKeys(s *p11.Session) error {
 	pins := c.t.cfg.Pins
-	found, err := findVaults(s, c.sm)
+	found, err := findVaults(s, c.rules, c.sm)
 	if err != nil {
 		return err
+	}
+	if c.rules.without(TrustedUnavailable) && !c.caps.needs(TrustedUnavailable) && found.trusted() {
+		c.rules = c.rules.minus(TrustedUnavailable)
 	}
 	pinned := map[MaterialSpec]Fingerprint{AES256: pins.VaultAES, SM4: pins.VaultSM4}
 	c.vaults = map[MaterialSpec]*vault{}
@@ -50,6 +55,9 @@ func (c *connection) findKeys(s *p11.Session) error {
 		for _, v := range vaults {
 			// Several objects of one fingerprint are copies of one key.
 			if v.fingerprint != pinned[spec] {
+				if !v.trusted {
+					continue // anyone with the PIN makes one: the fingerprint decides
+				}
 				return fmt.Errorf("%w: the token has the %s vault key %s, which is not the pinned one", ErrUntrusted, spec, v.fingerprint)
 			}
 			c.vaults[spec] = v
@@ -61,7 +69,7 @@ func (c *connection) findKeys(s *p11.Session) error {
 	if c.vaults[SM4] == nil && pins.VaultSM4 != (Fingerprint{}) {
 		return fmt.Errorf("%w: the token has no SM4 vault key %s, or no SM4 (%w)", ErrUnavailable, pins.VaultSM4, c.sm.sm4)
 	}
-	macs, handles, err := macKeys(s)
+	macs, handles, err := macKeys(s, c.rules)
 	if err != nil {
 		return err
 	}
@@ -73,15 +81,68 @@ func (c *connection) findKeys(s *p11.Session) error {
 	return c.findReceiptKey(s)
 }
 
+// vaults are those of a token by what they are for.
+type vaults map[MaterialSpec][]*vault
+
+// trusted reports whether there are any, and all of them are trusted.
+func (v vaults) trusted() bool {
+	all := slices.Concat(slices.Collect(maps.Values(v))...)
+	return len(all) > 0 && !slices.ContainsFunc(all, func(v *vault) bool { return !v.trusted })
+}
+
 // findVaults reads back every object with CKA_TRUSTED and returns the vault
-// keys. ErrUntrusted if one is anything else.
-func findVaults(s *p11.Session, proven sm) (map[MaterialSpec][]*vault, error) {
-	kinds := proven.vaultKinds()
-	handles, err := s.FindObjects(p11.NewTemplate(p11.Bool(p11.Trusted, true)))
+// keys. ErrUntrusted if one is anything else. Where trust was given up, vault
+// keys without it are returned too, of the kinds that have none with it.
+func findVaults(s *p11.Session, r rules, proven sm) (vaults, error) {
+	out, err := trustedVaults(s, r.minus(TrustedUnavailable), proven)
+	if err != nil || !r.without(TrustedUnavailable) {
+		return out, err
+	}
+	for spec, kind := range proven.vaultKinds() {
+		if len(out[spec]) > 0 {
+			continue
+		}
+		if out[spec], err = plainVaults(s, r, kind); err != nil {
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+// plainVaults returns the vault keys without CKA_TRUSTED. Lookalikes are passed
+// over.
+func plainVaults(s *p11.Session, r rules, kind vaultKind) (out []*vault, err error) {
+	handles, err := s.FindObjects(p11.NewTemplate(
+		p11.ULong(p11.Class, p11.ClassSecretKey),
+		p11.Bool(p11.OnToken, true),
+		p11.Bytes(p11.Label, []byte(kind.label)),
+	))
 	if err != nil {
 		return nil, err
 	}
-	out := map[MaterialSpec][]*vault{}
+	for _, h := range handles {
+		v, err := verifyVault(s, r, h, kind)
+		switch {
+		case err == nil:
+			out = append(out, v)
+		case errors.Is(err, ErrUntrusted):
+		default:
+			return nil, err
+		}
+	}
+	return out, nil
+}
+
+func trustedVaults(s *p11.Session, r rules, proven sm) (vaults, error) {
+	kinds := proven.vaultKinds()
+	handles, err := s.FindObjects(p11.NewTemplate(p11.Bool(p11.Trusted, true)))
+	if errors.Is(err, p11.AttributeTypeInvalid) {
+		return vaults{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	out := vaults{}
 	for _, h := range handles {
 		values, err := s.Attributes(h, p11.Label)
 		if err != nil {
@@ -101,37 +162,38 @@ func findVaults(s *p11.Session, proven sm) (map[MaterialSpec][]*vault, error) {
 		default:
 			return nil, fmt.Errorf("%w: object %q has CKA_TRUSTED and is no vault key of ours; the token must be dedicated", ErrUntrusted, label)
 		}
-		v, err := verifyVault(s, h, kinds[spec])
+		v, err := verifyVault(s, r, h, kinds[spec])
 		if err != nil {
 			return nil, fmt.Errorf("object %q has CKA_TRUSTED and is no vault key of ours; the token must be dedicated: %w", label, err)
 		}
+		v.trusted = true
 		out[spec] = append(out[spec], v)
 	}
 	return out, nil
 }
 
 // verifyVault reads a vault key back and names it by its fingerprint.
-func verifyVault(s *p11.Session, h p11.Handle, kind vaultKind) (*vault, error) {
+func verifyVault(s *p11.Session, r rules, h p11.Handle, kind vaultKind) (*vault, error) {
 	v := &vault{handle: h, kind: kind}
-	if strict := readBack(s, h, join(kind.vaultKey(false), provenance())); strict != nil {
+	if strict := r.readBack(s, h, join(kind.vaultKey(false), provenance())); strict != nil {
 		v.reseal = true
-		if readBack(s, h, join(kind.vaultKey(true), provenance())) != nil {
+		if r.readBack(s, h, join(kind.vaultKey(true), provenance())) != nil {
 			return nil, strict
 		}
 	}
 	var err error
-	if v.canary, err = wrapConstant(s, h); err != nil {
+	if v.canary, err = wrapConstant(s, r, h); err != nil {
 		return nil, err
 	}
 	v.fingerprint = sha256.Sum256(v.canary)
-	v.opened = p11.NewTemplate(opened(kind.cipher, v.reseal)...)
+	v.opened = r.template(opened(kind.cipher, v.reseal)...)
 	return v, nil
 }
 
 // wrapConstant wraps half of the public constant, which every kind of vault
 // opens, under a vault key; RFC 3394 is deterministic, so the result names it.
-func wrapConstant(s *p11.Session, vault p11.Handle) ([]byte, error) {
-	known, err := s.CreateObject(p11.NewTemplate(knownAES(publicConstant[:16])...))
+func wrapConstant(s *p11.Session, r rules, vault p11.Handle) ([]byte, error) {
+	known, err := s.CreateObject(r.template(knownAES(publicConstant[:16])...))
 	if err != nil {
 		return nil, err
 	}
@@ -143,14 +205,14 @@ func wrapConstant(s *p11.Session, vault p11.Handle) ([]byte, error) {
 }
 
 // findMACKeys returns the fingerprints of macKeys.
-func findMACKeys(s *p11.Session) ([]Fingerprint, error) {
-	list, _, err := macKeys(s)
+func findMACKeys(s *p11.Session, r rules) ([]Fingerprint, error) {
+	list, _, err := macKeys(s, r)
 	return list, err
 }
 
 // macKeys returns the objects that look like our MAC key and read back as one.
 // Lookalikes are passed over: the fingerprint decides.
-func macKeys(s *p11.Session) (fingerprints []Fingerprint, handles []p11.Handle, err error) {
+func macKeys(s *p11.Session, r rules) (fingerprints []Fingerprint, handles []p11.Handle, err error) {
 	found, err := s.FindObjects(p11.NewTemplate(
 		p11.ULong(p11.Class, p11.ClassSecretKey),
 		p11.Bool(p11.OnToken, true),
@@ -160,7 +222,7 @@ func macKeys(s *p11.Session) (fingerprints []Fingerprint, handles []p11.Handle, 
 		return nil, nil, err
 	}
 	for _, h := range found {
-		if readBack(s, h, join(macKey(), provenance())) != nil {
+		if r.readBack(s, h, join(macKey(), provenance())) != nil {
 			continue
 		}
 		sum, err := s.Sign(p11.Plain(p11.SHA256HMAC), h, macInput(fingerprintDomain, publicConstant), make([]byte, macLen))
@@ -173,8 +235,8 @@ func macKeys(s *p11.Session) (fingerprints []Fingerprint, handles []p11.Handle, 
 }
 
 // findReceiptKeys returns the fingerprints of receiptKeys.
-func findReceiptKeys(s *p11.Session) (list []Fingerprint, err error) {
-	keys, err := receiptKeys(s)
+func findReceiptKeys(s *p11.Session, r rules) (list []Fingerprint, err error) {
+	keys, err := receiptKeys(s, r)
 	for _, key := range keys {
 		list = append(list, key.fingerprint())
 	}
@@ -183,7 +245,7 @@ func findReceiptKeys(s *p11.Session) (list []Fingerprint, err error) {
 
 // receiptKeys returns the receipt keys, by the public half whose private half
 // reads back as ours and signs for it, and those that it found before an error.
-func receiptKeys(s *p11.Session) (keys []*signer, err error) {
+func receiptKeys(s *p11.Session, r rules) (keys []*signer, err error) {
 	handles, err := s.FindObjects(p11.NewTemplate(
 		p11.ULong(p11.Class, p11.ClassPrivateKey),
 		p11.Bool(p11.OnToken, true),
@@ -200,7 +262,7 @@ func receiptKeys(s *p11.Session) (keys []*signer, err error) {
 		}
 		id := values[p11.ID]
 		_, private := receiptKey(id)
-		if readBack(s, h, join(private, provenance())) != nil {
+		if r.readBack(s, h, join(private, provenance())) != nil {
 			continue
 		}
 		spki, err := receiptSPKI(s, h, id)

@@ -294,7 +294,7 @@ func fault(op string, err error) error {
 
 var kinds = []error{
 	ErrInvalidMaterial, ErrUnavailable, ErrPIN, ErrUnsupported, ErrPairNotFound, ErrUntrusted, ErrKeyLost, ErrAuthentication, ErrClosed,
-	ErrMaterialGone, ErrFull,
+	ErrMaterialGone, ErrFull, ErrMark,
 }
 
 func isKind(err error) bool {

@@ -137,8 +137,8 @@ func (t *Token) generatePair(ctx context.Context, spec PairSpec, label pairLabel
 // tells ours from a twin with other usages. The public half is not kept.
 func (c *connection) generateRSA(s *p11.Session, id PairID, label pairLabel, spec PairSpec) (p11.Handle, error) {
 	pub, priv, err := s.GenerateKeyPair(p11.RSAKeyPairGen,
-		p11.NewTemplate(rsaPublic(spec.Bits())...),
-		p11.NewTemplate(label.private(p11.KeyRSA, id, mechanism(label.algorithm))...))
+		c.rules.template(rsaPublic(spec.Bits())...),
+		c.rules.template(label.private(p11.KeyRSA, id, mechanism(label.algorithm))...))
 	if err != nil {
 		return 0, err
 	}
@@ -363,7 +363,7 @@ func (c *connection) verifyPair(s *p11.Session, h p11.Handle, id PairID) (*pair,
 		return nil, fmt.Errorf("%w: its public key is of no kind that we make", ErrUntrusted)
 	}
 	want := label.private(p11.KeyRSA, id, mechanism(label.algorithm))
-	if err := readBack(s, h, join(want, provenance())); err != nil {
+	if err := c.rules.readBack(s, h, join(want, provenance())); err != nil {
 		return nil, err
 	}
 	if p.SPKI, err = x509.MarshalPKIXPublicKey(pub); err != nil {

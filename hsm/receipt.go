@@ -66,7 +66,7 @@ func (c *connection) findReceiptKey(s *p11.Session) error {
 	if pin == (Fingerprint{}) {
 		return nil
 	}
-	found, err := receiptKeys(s)
+	found, err := receiptKeys(s, c.rules)
 	for _, key := range found {
 		if key.fingerprint() == pin {
 			c.receipt = key

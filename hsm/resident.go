@@ -1,10 +1,8 @@
 package hsm
 
 import (
-	"bytes"
 	"context"
 	"crypto/rand"
-	"crypto/rsa"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -118,7 +116,7 @@ func (c *connection) unwrapMeasureKeep(s *session, p *pair, req ResidentRequest)
 	if err != nil {
 		return Imported{}, err
 	}
-	attrs := residentObject(req.ID, residentLabel{req.Instance, req.Now, req.Context})
+	attrs := c.rules.keep(residentObject(req.ID, residentLabel{req.Instance, req.Now, req.Context}))
 	tmpl := p11.NewTemplate(attrs...)
 	key, err := s.Unwrap(params, p.handle, wrapped, tmpl)
 	switch {
@@ -156,7 +154,7 @@ func (c *connection) unwrapMeasureKeep(s *session, p *pair, req ResidentRequest)
 		Material:   Material{Custody: Resident, Spec: req.Spec, Ref: append([]byte(nil), req.ID[:]...)},
 		Attributes: describe(attrs), // it reads back so
 	}
-	if out.Identity, err = measure(s.Session, key, req.Context); err != nil {
+	if out.Identity, err = c.measure(s.Session, key, req.Context); err != nil {
 		return Imported{}, c.own("measuring", err)
 	}
 	out.CheckValue = CheckValue{Algorithm: CheckValueAES, Value: out.Identity.KCV}
@@ -178,11 +176,11 @@ func hasLength(s *p11.Session, key p11.Handle, n int) error {
 	return nil
 }
 
-func measure(s *p11.Session, key p11.Handle, context []byte) (id Identity, err error) {
+func (c *connection) measure(s *p11.Session, key p11.Handle, context []byte) (id Identity, err error) {
 	if id.KCV, err = measureKCV(s, p11.AESECB, key); err != nil {
 		return id, err
 	}
-	id.MaterialID, err = measureID(s, key, context)
+	id.MaterialID, err = c.measureID(s, key, context)
 	return id, err
 }
 
@@ -211,12 +209,12 @@ func parseResidentLabel(label []byte) (l residentLabel, ok bool) {
 
 // passing is the template of a public constant that is unwrapped as resident
 // material would be. Residents lists it, should a crash leave it behind.
-func passing(of pairLabel) (*p11.Template, error) {
+func (r rules) passing(of pairLabel) (*p11.Template, error) {
 	var id ObjectID
 	if _, err := rand.Read(id[:]); err != nil {
 		return nil, err
 	}
-	return p11.NewTemplate(residentObject(id, residentLabel{instance: of.instance, made: time.Now()})...), nil
+	return r.template(residentObject(id, residentLabel{instance: of.instance, made: time.Now()})...), nil
 }
 
 // verifiedResident is a resident material that was found to be what it should
@@ -255,7 +253,7 @@ func (t *Token) OpenResident(ctx context.Context, m Material, instance string, c
 			}
 		}
 		return patiently(ctx, ErrMaterialGone, func() error {
-			h, err := searchResident(s.Session, m, instance, context, want)
+			h, err := c.searchResident(s.Session, m, instance, context, want)
 			if err != nil {
 				return err
 			}
@@ -278,7 +276,7 @@ func newResidentKey(c *connection, h p11.Handle, id ObjectID) *Key {
 
 // searchResident finds an object of that name which is the material. Several
 // that are it are one key; lookalikes beside it are passed over.
-func searchResident(s *p11.Session, m Material, instance string, context []byte, want Identity) (p11.Handle, error) {
+func (c *connection) searchResident(s *p11.Session, m Material, instance string, context []byte, want Identity) (p11.Handle, error) {
 	id := ObjectID(m.Ref)
 	handles, err := s.FindObjects(residentSearch(p11.Bytes(p11.ID, id[:])))
 	if err != nil {
@@ -286,7 +284,7 @@ func searchResident(s *p11.Session, m Material, instance string, context []byte,
 	}
 	refused := fmt.Errorf("%w: %s", ErrMaterialGone, id)
 	for _, h := range handles {
-		err := verifyResident(s, h, m, instance, context, want)
+		err := c.verifyResident(s, h, m, instance, context, want)
 		switch {
 		case err == nil:
 			return h, nil
@@ -300,7 +298,7 @@ func searchResident(s *p11.Session, m Material, instance string, context []byte,
 	return 0, refused
 }
 
-func verifyResident(s *p11.Session, h p11.Handle, m Material, instance string, context []byte, want Identity) error {
+func (c *connection) verifyResident(s *p11.Session, h p11.Handle, m Material, instance string, context []byte, want Identity) error {
 	values, err := s.Attributes(h, p11.Label)
 	if err != nil {
 		return err
@@ -309,7 +307,7 @@ func verifyResident(s *p11.Session, h p11.Handle, m Material, instance string, c
 	if !ok || label.instance != instance || string(label.context) != string(context) {
 		return fmt.Errorf("%w: its label is of no kind that we make", ErrUntrusted)
 	}
-	if err := readBack(s, h, residentObject(ObjectID(m.Ref), label)); err != nil {
+	if err := c.rules.readBack(s, h, residentObject(ObjectID(m.Ref), label)); err != nil {
 		return err
 	}
 	if err := hasLength(s, h, m.Spec.Len()); err != nil {
@@ -318,7 +316,7 @@ func verifyResident(s *p11.Session, h p11.Handle, m Material, instance string, c
 		}
 		return fmt.Errorf("%w: it has another length", ErrUntrusted)
 	}
-	got, err := measure(s, h, context)
+	got, err := c.measure(s, h, context)
 	if err != nil {
 		return err
 	}
@@ -400,39 +398,4 @@ func destroyResident(s *p11.Session, instance string, id ObjectID) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// probeResident proves that the token reports the length of what it unwraps
-// truly, for lengths that AES has, and takes no other for one of them.
-func (c *connection) probeResident(s *p11.Session, priv p11.Handle, pub *rsa.PublicKey, caps *capabilities) error {
-	alg := OAEPSHA1
-	for _, other := range []Algorithm{OAEPSHA256, PKCS1v15} {
-		if caps.wrapping[alg] != nil {
-			alg = other
-		}
-	}
-	known := bytes.Repeat(publicConstant, 2)
-	for _, n := range []int{16, 24, 32, 0, 15, 17, 31, 33, 64} {
-		wrapped, err := encryptRSA(alg, pub, known[:n])
-		if err != nil {
-			return err
-		}
-		h, err := s.Unwrap(rsaParams(alg), priv, wrapped, c.measured)
-		switch valid := n == 16 || n == 24 || n == 32; {
-		case worst(err) > p11.NoFault:
-			return err
-		case err != nil && valid:
-			return fmt.Errorf("%w: resident key material: the token does not unwrap %d bytes (%w)", ErrUnsupported, n, err)
-		case err != nil:
-			continue // refused, which is as good as told
-		}
-		err = hasLength(s, h, n)
-		if err = errors.Join(err, s.DestroyObject(h)); worst(err) > p11.NoFault {
-			return err
-		} else if err != nil {
-			return fmt.Errorf("%w: resident key material: the token does not report truly how long an unwrapped key is (CKA_VALUE_LEN), "+
-				"and nothing else tells the length of a key that is not extractable", ErrUnsupported)
-		}
-	}
-	return nil
 }

@@ -169,8 +169,8 @@ func (n SM2Numbers) sm2Blob(blob []byte) (p11.Mechanism, []byte, error) {
 func (c *connection) generateSM2(s *p11.Session, id PairID, label pairLabel, _ PairSpec) (p11.Handle, error) {
 	n := c.sm.profile.SM2
 	_, priv, err := s.GenerateKeyPair(p11.Mechanism(n.KeyPairGen),
-		p11.NewTemplate(sm2Public(n, true, id[:])...),
-		p11.NewTemplate(label.private(uint64(n.KeyType), id, n.mechanisms()...)...))
+		c.rules.template(sm2Public(n, true, id[:])...),
+		c.rules.template(label.private(uint64(n.KeyType), id, n.mechanisms()...)...))
 	return priv, err
 }
 
@@ -182,7 +182,7 @@ func (c *connection) verifySM2Pair(s *p11.Session, h p11.Handle, id PairID, labe
 	}
 	n := c.sm.profile.SM2
 	want := label.private(uint64(n.KeyType), id, n.mechanisms()...)
-	if err := readBack(s, h, join(want, provenance())); err != nil {
+	if err := c.rules.readBack(s, h, join(want, provenance())); err != nil {
 		return nil, err
 	}
 	publics, err := s.FindObjects(pairTemplate(p11.ClassPublicKey, id))

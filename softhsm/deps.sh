@@ -78,6 +78,24 @@ postgres() {
   return 1
 }
 
+# softokn prints where the PKCS#11 library of NSS is. hsm/contract has the same
+# list.
+softokn() {
+  local path
+  for path in \
+    "$deps"/usr/lib/*-linux-gnu*/libsoftokn3.so \
+    "$deps"/usr/lib/*-linux-gnu*/nss/libsoftokn3.so \
+    /usr/lib/*-linux-gnu*/libsoftokn3.so \
+    /usr/lib/*-linux-gnu*/nss/libsoftokn3.so \
+    /usr/lib64/libsoftokn3.so; do
+    if [ -f "$path" ]; then
+      echo "$path"
+      return
+    fi
+  done
+  return 1
+}
+
 # missing prints the packages whose programs are not there.
 missing() {
   module >/dev/null || echo softhsm2
@@ -87,6 +105,13 @@ missing() {
   PATH="$deps/usr/bin:$PATH" command -v p11-kit >/dev/null || echo p11-kit p11-kit-modules
   if [ "$purpose" = test ]; then
     postgres >/dev/null || echo postgresql
+    # NSS is a token that tests run on, and so is opencryptoki's, whose daemon
+    # nobody but root starts.
+    softokn >/dev/null || echo libnss3
+    PATH="$deps/usr/bin:$PATH" command -v certutil >/dev/null || echo libnss3-tools
+    if [ "$(id -u)" = 0 ]; then
+      [ -x /usr/sbin/pkcsslotd ] || echo opencryptoki
+    fi
   fi
   if [ "$purpose" = container ]; then
     docker compose version >/dev/null 2>&1 || command -v docker-compose >/dev/null || echo docker-compose

@@ -61,7 +61,7 @@ func Keep(tb TB, path string) {
 
 func load(tb TB, path string) *p11.Module {
 	tb.Helper()
-	m, err := p11.Load(path)
+	m, err := p11.Load(path, "")
 	if err != nil {
 		tb.Fatalf("hsmtest: %v", err)
 	}

@@ -16,6 +16,9 @@ import (
 // modulus of 4096 bits, or the longest label.
 const attrRoom = 512
 
+// uLongs are the attributes of type CK_ULONG that are read back.
+var uLongs = []Attribute{Class, KeyType, ModulusBits, ValueLen}
+
 // Values are attributes as a token reports them. An attribute that the token
 // does not have, or does not tell, is absent.
 type Values map[Attribute][]byte
@@ -45,6 +48,9 @@ func (s *Session) Attributes(o Handle, types ...Attribute) (Values, error) {
 		attrs[i]._type = C.ck_ulong(t)
 		attrs[i].value = unsafe.Pointer(&buf[i*attrRoom])
 		attrs[i].len = attrRoom
+		if slices.Contains(uLongs, t) {
+			attrs[i].len = 8 // NSS takes no other length
+		}
 	}
 	rv := s.m.direct("C_GetAttributeValue", func() C.ck_rv {
 		return C.kf_attributes(s.m.f, C.ck_ulong(s.h), C.ck_ulong(o), list, C.ck_ulong(len(types)))

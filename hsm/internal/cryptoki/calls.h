@@ -22,6 +22,10 @@ typedef struct { ck_ulong type; void *value; ck_ulong len; } ck_attribute;
 typedef struct { ck_ulong type; void *param; ck_ulong len; } ck_mechanism;
 typedef struct { ck_ulong hash, mgf, source; void *label; ck_ulong label_len; } ck_oaep_params;
 typedef struct { ck_byte *iv; ck_ulong iv_len, iv_bits; ck_byte *aad; ck_ulong aad_len, tag_bits; } ck_gcm_params;
+typedef struct { ck_ulong bits; ck_byte block[16]; } ck_ctr_params;
+// CK_C_INITIALIZE_ARGS. NSS reads its configuration in the place of pReserved
+// and looks for a pReserved of its own behind it.
+typedef struct { void *create, *destroy, *lock, *unlock; ck_ulong flags; void *reserved, *none; } ck_initialize_args;
 
 typedef ck_rv (*ck_fn)();
 
@@ -58,9 +62,9 @@ static ck_functions *kf_load(const char *path, const char **why) {
 
 // kf_mech is a mechanism with its parameters flattened, so that nothing that
 // Go passes points to Go memory that points to Go memory.
-enum { KF_NONE, KF_OAEP, KF_GCM };
+enum { KF_NONE, KF_OAEP, KF_GCM, KF_IV, KF_CTR };
 typedef struct { ck_ulong type; int kind; ck_ulong hash, mgf, tag_bits; } kf_mech;
-typedef union { ck_oaep_params oaep; ck_gcm_params gcm; } kf_params;
+typedef union { ck_oaep_params oaep; ck_gcm_params gcm; ck_ctr_params ctr; } kf_params;
 
 static ck_mechanism kf_build(const kf_mech *m, kf_params *p, void *iv, ck_ulong iv_len, void *aad, ck_ulong aad_len) {
 	ck_mechanism out = {m->type, NULL, 0};
@@ -73,10 +77,22 @@ static ck_mechanism kf_build(const kf_mech *m, kf_params *p, void *iv, ck_ulong 
 		p->gcm = (ck_gcm_params){iv, iv_len, iv_len * 8, aad, aad_len, m->tag_bits};
 		out.param = &p->gcm;
 		out.len = sizeof p->gcm;
+	} else if (m->kind == KF_IV) {
+		out.param = iv;
+		out.len = iv_len;
+	} else if (m->kind == KF_CTR) {
+		p->ctr = (ck_ctr_params){.bits = 32};
+		memcpy(p->ctr.block, iv, sizeof p->ctr.block);
+		out.param = &p->ctr;
+		out.len = sizeof p->ctr;
 	}
 	return out;
 }
 
+static ck_rv kf_initialize(ck_functions *f, char *reserved) {
+	ck_initialize_args args = {.flags = 2 /* CKF_OS_LOCKING_OK */, .reserved = reserved};
+	return f->Initialize(&args);
+}
 static ck_rv kf_login(ck_functions *f, ck_ulong s, ck_ulong user, void *pin, ck_ulong len) {
 	return f->Login(s, user, (ck_byte *)pin, len);
 }
@@ -92,6 +108,14 @@ static ck_rv kf_create(ck_functions *f, ck_ulong s, ck_attribute *t, ck_ulong n,
 static ck_rv kf_copy(ck_functions *f, ck_ulong s, ck_ulong o, ck_attribute *t, ck_ulong n, ck_ulong *h) {
 	return f->CopyObject(s, o, t, n, h);
 }
+static ck_rv kf_set(ck_functions *f, ck_ulong s, ck_ulong o, ck_attribute *t, ck_ulong n) {
+	return f->SetAttributeValue(s, o, t, n);
+}
+static ck_rv kf_digest_init(ck_functions *f, ck_ulong s, ck_ulong type) {
+	ck_mechanism mech = {type, NULL, 0};
+	return f->DigestInit(s, &mech);
+}
+static ck_rv kf_digest_key(ck_functions *f, ck_ulong s, ck_ulong key) { return f->DigestKey(s, key); }
 static ck_rv kf_find_init(ck_functions *f, ck_ulong s, ck_attribute *t, ck_ulong n) {
 	return f->FindObjectsInit(s, t, n);
 }

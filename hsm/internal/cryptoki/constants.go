@@ -12,6 +12,7 @@ const (
 	Label             Attribute = 0x003
 	Value             Attribute = 0x011
 	Trusted           Attribute = 0x086
+	CheckValue        Attribute = 0x090
 	KeyType           Attribute = 0x100
 	ID                Attribute = 0x102
 	Sensitive         Attribute = 0x103
@@ -61,21 +62,24 @@ type Mechanism uint32
 // The mechanisms that Keyferry names; PKCS#11 v2.40 section 2 of the current
 // mechanisms specification.
 const (
-	RSAKeyPairGen    Mechanism = 0x0000
-	RSAPKCS          Mechanism = 0x0001
-	RSAOAEP          Mechanism = 0x0009
-	SHA1             Mechanism = 0x0220
-	SHA256           Mechanism = 0x0250
-	SHA256HMAC       Mechanism = 0x0251
-	GenericKeyGen    Mechanism = 0x0350
-	ECKeyPairGen     Mechanism = 0x1040
-	ECDSA            Mechanism = 0x1041
-	AESKeyGen        Mechanism = 0x1080
-	AESECB           Mechanism = 0x1081
-	AESGCM           Mechanism = 0x1087
-	AESCMAC          Mechanism = 0x108a
-	AESKeyWrap       Mechanism = 0x2109 // RFC 3394
-	mgf1SHA1                   = 1      // CKG_MGF1_SHA1
-	mgf1SHA256                 = 2
-	unavailableValue           = ^uint64(0) // CK_UNAVAILABLE_INFORMATION
+	RSAKeyPairGen Mechanism = 0x0000
+	RSAPKCS       Mechanism = 0x0001
+	RSAOAEP       Mechanism = 0x0009
+	SHA1          Mechanism = 0x0220
+	SHA256        Mechanism = 0x0250
+	SHA256HMAC    Mechanism = 0x0251
+	GenericKeyGen Mechanism = 0x0350
+	ECKeyPairGen  Mechanism = 0x1040
+	ECDSA         Mechanism = 0x1041
+	AESKeyGen     Mechanism = 0x1080
+	AESECB        Mechanism = 0x1081
+	AESCBC        Mechanism = 0x1082
+	AESCTR        Mechanism = 0x1086
+	AESGCM        Mechanism = 0x1087
+	AESCMAC       Mechanism = 0x108a
+	AESKeyWrap    Mechanism = 0x2109 // RFC 3394
+	AESKeyWrapPad Mechanism = 0x210a // CKM_AES_KEY_WRAP_PAD: no two tokens do the same
+	AESKeyWrapKWP Mechanism = 0x210b // RFC 5649
+	mgf1SHA1                = 1      // CKG_MGF1_SHA1
+	mgf1SHA256              = 2
 )

@@ -29,6 +29,7 @@ import (
 // Module is a loaded and initialised PKCS#11 library. Safe for concurrent use.
 type Module struct {
 	path string
+	args string // the initialisation string, for the next C_Initialize
 	ctx  *pkcs11.Ctx
 	f    *C.ck_functions
 	hook atomic.Pointer[Hook]
@@ -46,7 +47,10 @@ var loaded = struct {
 // Load loads the library at path, or shares it if it is loaded already, and
 // initialises it unless somebody in this process has. A library stays mapped
 // for the life of the process; Close finalises it with the last user.
-func Load(path string) (*Module, error) {
+//
+// args is the string that some modules want from C_Initialize in pReserved, ""
+// for none. Who shares a module must want it initialised alike.
+func Load(path, args string) (*Module, error) {
 	loaded.Lock()
 	defer loaded.Unlock()
 	m := loaded.modules[path]
@@ -63,7 +67,11 @@ func Load(path string) (*Module, error) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	if m.refs > 0 && m.args != args {
+		return nil, fmt.Errorf("cryptoki: %s is initialised with another string in this process", path)
+	}
 	if m.refs == 0 {
+		m.args = args
 		if err := m.initialize(); err != nil {
 			return nil, fmt.Errorf("cryptoki: C_Initialize of %s: %w", path, err)
 		}
@@ -103,7 +111,12 @@ func functionsOf(ctx *pkcs11.Ctx) *C.ck_functions {
 
 // initialize is called with mu held.
 func (m *Module) initialize() error {
-	err := m.call("C_Initialize", func() error { return m.ctx.Initialize() })
+	var reserved *C.char
+	if m.args != "" {
+		reserved = C.CString(m.args)
+		defer C.free(unsafe.Pointer(reserved))
+	}
+	err := m.direct("C_Initialize", func() C.ck_rv { return C.kf_initialize(m.f, reserved) }).err()
 	if errors.Is(err, AlreadyInitialized) {
 		m.ours = false
 		return nil
@@ -211,7 +224,8 @@ func (m *Module) Tokens() ([]Token, error) {
 			PINFinalTry:    info.Flags&flagUserPINFinalTry != 0,
 			PINLocked:      info.Flags&flagUserPINLocked != 0,
 		}
-		if uint64(info.MaxSessionCount) != unavailableValue {
+		// CK_EFFECTIVELY_INFINITE is 0, and some say it as a huge number.
+		if info.MaxSessionCount < 1<<31 {
 			t.MaxSessions = info.MaxSessionCount
 		}
 		out = append(out, t)

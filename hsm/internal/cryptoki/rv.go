@@ -31,6 +31,7 @@ const (
 	KeySizeRange               RV = 0x062
 	KeyTypeInconsistent        RV = 0x063
 	KeyFunctionNotPermitted    RV = 0x068
+	KeyNotWrappable            RV = 0x069
 	KeyUnextractable           RV = 0x06a
 	MechanismInvalid           RV = 0x070
 	MechanismParamInvalid      RV = 0x071
@@ -74,7 +75,7 @@ var rvNames = map[RV]string{
 	DeviceRemoved: "DEVICE_REMOVED", EncryptedDataInvalid: "ENCRYPTED_DATA_INVALID",
 	EncryptedDataLenRange: "ENCRYPTED_DATA_LEN_RANGE", FunctionNotSupported: "FUNCTION_NOT_SUPPORTED",
 	KeyHandleInvalid: "KEY_HANDLE_INVALID", KeySizeRange: "KEY_SIZE_RANGE", KeyTypeInconsistent: "KEY_TYPE_INCONSISTENT",
-	KeyFunctionNotPermitted: "KEY_FUNCTION_NOT_PERMITTED", KeyUnextractable: "KEY_UNEXTRACTABLE",
+	KeyFunctionNotPermitted: "KEY_FUNCTION_NOT_PERMITTED", KeyNotWrappable: "KEY_NOT_WRAPPABLE", KeyUnextractable: "KEY_UNEXTRACTABLE",
 	MechanismInvalid: "MECHANISM_INVALID", MechanismParamInvalid: "MECHANISM_PARAM_INVALID",
 	ObjectHandleInvalid: "OBJECT_HANDLE_INVALID", OperationActive: "OPERATION_ACTIVE",
 	OperationNotInitialized: "OPERATION_NOT_INITIALIZED", PINIncorrect: "PIN_INCORRECT", PINInvalid: "PIN_INVALID",

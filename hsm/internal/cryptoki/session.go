@@ -142,6 +142,25 @@ func (s *Session) DestroyObject(o Handle) error {
 	}).err()
 }
 
+// SetAttributes changes attributes of an object.
+func (s *Session) SetAttributes(o Handle, t *Template) error {
+	rv := s.m.direct("C_SetAttributeValue", func() C.ck_rv {
+		return C.kf_set(s.m.f, C.ck_ulong(s.h), C.ck_ulong(o), t.c, t.len())
+	})
+	runtime.KeepAlive(t)
+	return rv.err()
+}
+
+// DigestKey begins a digest and feeds it a key. The session has a digest under
+// way afterwards, whatever it answers: close it.
+func (s *Session) DigestKey(mech Mechanism, key Handle) error {
+	rv := s.m.direct("C_DigestInit", func() C.ck_rv { return C.kf_digest_init(s.m.f, C.ck_ulong(s.h), C.ck_ulong(mech)) })
+	if rv != OK {
+		return rv
+	}
+	return s.m.direct("C_DigestKey", func() C.ck_rv { return C.kf_digest_key(s.m.f, C.ck_ulong(s.h), C.ck_ulong(key)) }).err()
+}
+
 // FindObjects returns every object that matches.
 func (s *Session) FindObjects(t *Template) ([]Handle, error) {
 	f, h := s.m.f, C.ck_ulong(s.h)
@@ -223,6 +242,17 @@ func OAEP(hash Mechanism) Params {
 // GCM is an AES-GCM mechanism with a 128-bit tag; NIST SP 800-38D.
 func GCM(m Mechanism, iv, aad []byte) Params {
 	return Params{m: C.kf_mech{_type: C.ck_ulong(m), kind: C.KF_GCM, tag_bits: 128}, iv: iv, aad: aad}
+}
+
+// CBC is a mechanism whose parameter is an initialisation vector; NIST SP
+// 800-38A.
+func CBC(m Mechanism, iv []byte) Params {
+	return Params{m: C.kf_mech{_type: C.ck_ulong(m), kind: C.KF_IV}, iv: iv}
+}
+
+// CTR is CKM_AES_CTR, counting in the last 32 bits of a first block of 16 bytes.
+func CTR(m Mechanism, first []byte) Params {
+	return Params{m: C.kf_mech{_type: C.ck_ulong(m), kind: C.KF_CTR}, iv: first}
 }
 
 // Unwrap unwraps a key inside the token. Empty input is answered as the token

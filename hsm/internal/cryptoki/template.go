@@ -102,3 +102,12 @@ func (a Attr) Value() []byte { return a.value }
 
 // Nested is the nested template, nil for any other attribute.
 func (a Attr) Nested() []Attr { return a.nested }
+
+// Mechanisms is the list of a CKA_ALLOWED_MECHANISMS.
+func (a Attr) Mechanisms() []Mechanism {
+	var out []Mechanism
+	for v := a.value; len(v) >= 8; v = v[8:] {
+		out = append(out, Mechanism(binary.NativeEndian.Uint64(v)))
+	}
+	return out
+}
