@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"go.yaml.in/yaml/v3"
@@ -26,6 +28,7 @@ type config struct {
 	Account        string      `yaml:"account"`                    // likewise
 	AccessKeys     []accessKey `yaml:"access_keys"`
 	Token          tokenConfig `yaml:"token"`
+	Vault          vaultConfig `yaml:"vault,omitempty"`
 	Store          storeConfig `yaml:"store"`
 	Pairs          pairsConfig `yaml:"wrapping_pairs,omitempty"`
 	Log            logConfig   `yaml:"log,omitempty"`
@@ -49,6 +52,12 @@ type tokenConfig struct {
 	UserPINFile string `yaml:"user_pin_file"`
 	// Pins are written by init, and say which token and which keys are ours.
 	Pins pinsConfig `yaml:"pins,omitempty"`
+	// InitArgs is what some libraries want to be initialised with, such as
+	// "configDir=sql:/srv/keyferry/nss" of NSS.
+	InitArgs string `yaml:"init_args,omitempty"`
+	// Accept names what the token may lack; see hsm.Exceptions. Whether there is
+	// CKA_TRUSTED is said in vault.trusted.
+	Accept []hsm.Exception `yaml:"accept,omitempty"`
 	// Environment is set before the library is loaded.
 	Environment map[string]string `yaml:"environment,omitempty"`
 	Sessions    int               `yaml:"sessions,omitempty"`
@@ -59,6 +68,43 @@ type tokenConfig struct {
 	// find it out. ProfilesFile adds profiles to those that are built in.
 	Profile      string `yaml:"profile,omitempty"`
 	ProfilesFile string `yaml:"profiles_file,omitempty"`
+}
+
+// vaultConfig says how vault keys become trusted.
+type vaultConfig struct {
+	// Trusted is empty where the security officer makes trusted keys,
+	// "vendor-tool" where the vendor's own tool marks a key that is there, and
+	// "unavailable" where the token has no CKA_TRUSTED and that is accepted.
+	Trusted string `yaml:"trusted,omitempty"`
+}
+
+// The values of vault.trusted.
+const (
+	trustByVendor    = "vendor-tool"
+	trustUnavailable = "unavailable"
+)
+
+// accept is what the configuration accepts that the token lacks.
+func (c *config) accept() []hsm.Exception {
+	out := slices.Clone(c.Token.Accept)
+	if c.Vault.Trusted == trustUnavailable {
+		out = append(out, hsm.TrustedUnavailable)
+	}
+	return out
+}
+
+// hsmConfig is the configuration of the token.
+func (c *config) hsmConfig(log *slog.Logger) (hsm.Config, error) {
+	profiles, err := c.Token.profiles()
+	if err != nil {
+		return hsm.Config{}, err
+	}
+	return hsm.Config{
+		Module: c.Token.Module, InitArgs: c.Token.InitArgs, Label: c.Token.Label, Pins: c.Token.Pins.pins(),
+		PIN:      func() ([]byte, error) { return readSecret(c.Token.UserPINFile, log) },
+		Sessions: c.Token.Sessions, AllowPKCS1v15: c.Token.AllowPKCS1v15, Logger: log,
+		Profile: c.Token.Profile, Profiles: profiles, Accept: c.accept(),
+	}, nil
 }
 
 type pinsConfig struct {

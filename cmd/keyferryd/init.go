@@ -131,8 +131,31 @@ func (c *ceremony) initialise(ctx context.Context, cfg *config, soPIN []byte) (h
 		Module: cfg.Token.Module, Label: cfg.Token.Label, Pins: cfg.Token.Pins.pins(),
 		SOPIN: officer, UserPIN: userPIN, Reseal: c.reseal,
 		Profile: cfg.Token.Profile, Profiles: profiles,
+		InitArgs: cfg.Token.InitArgs, Accept: cfg.accept(), VendorTrust: cfg.Vault.Trusted == trustByVendor,
 	})
+	var stop *hsm.MarkError
+	if errors.As(err, &stop) {
+		c.sayWhatToMark(stop, cfg)
+		return hsm.Pins{}, &statusError{status: statusMark, err: fmt.Errorf("%w; nothing is pinned yet", err)}
+	}
+	if errors.Is(err, hsm.ErrSOPIN) && soPIN == nil {
+		return hsm.Pins{}, fmt.Errorf("%w: name a file with it with --so-pin-file; where the vendor's own tool marks keys as trusted write vault: {trusted: %s}, and where there is no CKA_TRUSTED vault: {trusted: %s}",
+			err, trustByVendor, trustUnavailable)
+	}
 	return pins, tokenAdvice(err, cfg)
+}
+
+// sayWhatToMark says what a person has to do before init goes on.
+func (c *ceremony) sayWhatToMark(stop *hsm.MarkError, cfg *config) {
+	for _, object := range stop.Objects {
+		made := "waits on the token"
+		if object.New {
+			made = "was made on the token"
+		}
+		c.say("A %s %s.\nIt was generated there, was never outside, and is in every way as a vault must be, but for CKA_TRUSTED.", object, made)
+	}
+	c.say("Mark it with CKA_TRUSTED=true, as the security officer and with the tool of the token's vendor, and nothing else on %q;\n"+
+		"then run this command again. It pins the key once that reads as trusted.", cfg.Token.Label)
 }
 
 // record writes down what the token holds now.

@@ -6,15 +6,18 @@
 //	keyferryd serve        serve as the configuration says
 //	keyferryd dev          serve on a SoftHSM2 token of its own, with nothing set up
 //	keyferryd demo         walk through the life of a customer's key
+//	keyferryd doctor       say what the token can do, and what to change
 //	keyferryd health       ask a running server whether it is well
 //	keyferryd receipt-key  print the public key that receipts are verified with
 //
 // A command that fails writes one line to standard error, saying what is wrong
-// and what to do, and exits with status 1.
+// and what to do, and exits with status 1; doctor exits with 2 where it found a
+// problem, and init with 3 where a key waits to be marked by the vendor's tool.
 package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -24,6 +27,21 @@ import (
 
 	"github.com/spf13/cobra"
 )
+
+// The exit statuses of commands that have failed in ways of their own.
+const (
+	statusProblem = 2 // doctor found a problem
+	statusMark    = 3 // init stopped for a key to be marked
+)
+
+// statusError is an error with an exit status of its own.
+type statusError struct {
+	status int
+	err    error
+}
+
+func (e *statusError) Error() string { return e.err.Error() }
+func (e *statusError) Unwrap() error { return e.err }
 
 func main() {
 	// The first signal ends the command in good order, a second one at once.
@@ -40,7 +58,7 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(initCommand(), migrateCommand(), serveCommand(), devCommand(), demoCommand(), healthCommand(), receiptKeyCommand())
+	root.AddCommand(initCommand(), migrateCommand(), serveCommand(), devCommand(), demoCommand(), doctorCommand(), healthCommand(), receiptKeyCommand())
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
@@ -48,6 +66,10 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 	if err := root.ExecuteContext(ctx); err != nil {
 		// One line, also where several things are wrong.
 		_, _ = fmt.Fprintln(stderr, "keyferryd: "+strings.ReplaceAll(err.Error(), "\n", "; "))
+		var own *statusError
+		if errors.As(err, &own) {
+			return own.status
+		}
 		return 1
 	}
 	return 0

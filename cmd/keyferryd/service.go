@@ -8,6 +8,8 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/keyferry/keyferry/engine"
 	"github.com/keyferry/keyferry/engine/acs"
@@ -116,16 +118,11 @@ func openToken(ctx context.Context, cfg *config, log *slog.Logger) (*hsm.Token, 
 	if err := checkModule(cfg.Token.Module); err != nil {
 		return nil, err
 	}
-	profiles, err := cfg.Token.profiles()
+	open, err := cfg.hsmConfig(log)
 	if err != nil {
 		return nil, err
 	}
-	token, err := hsm.Open(ctx, hsm.Config{
-		Module: cfg.Token.Module, Label: cfg.Token.Label, Pins: cfg.Token.Pins.pins(),
-		PIN:      func() ([]byte, error) { return readSecret(cfg.Token.UserPINFile, log) },
-		Sessions: cfg.Token.Sessions, AllowPKCS1v15: cfg.Token.AllowPKCS1v15, Logger: log,
-		Profile: cfg.Token.Profile, Profiles: profiles,
-	})
+	token, err := hsm.Open(ctx, open)
 	return token, tokenAdvice(err, cfg)
 }
 
@@ -140,9 +137,12 @@ func checkModule(path string) error {
 
 // tokenAdvice adds what to do to what is wrong with a token.
 func tokenAdvice(err error, cfg *config) error {
+	var lacks *hsm.ExceptionError
 	switch {
 	case err == nil:
 		return nil
+	case errors.As(err, &lacks):
+		return fmt.Errorf("%w: in the configuration that is %s", err, acceptance(lacks.Needs, cfg))
 	case errors.Is(err, hsm.ErrSOPIN):
 		return fmt.Errorf("%w: name a file with the right one with --so-pin-file (no PIN is tried twice)", err)
 	case errors.Is(err, hsm.ErrPIN):
@@ -153,6 +153,28 @@ func tokenAdvice(err error, cfg *config) error {
 		return fmt.Errorf("%w: check token.module, token.label and token.environment, or make the token with %q", err, "keyferryd init --init-token")
 	}
 	return err
+}
+
+// acceptance is what to write into a configuration to accept exceptions beside
+// those that it accepts already.
+func acceptance(needs []hsm.Need, cfg *config) string {
+	var lines []string
+	names := cfg.Token.Accept
+	for _, n := range needs {
+		if n.Exception == hsm.TrustedUnavailable {
+			lines = append(lines, "vault: {trusted: "+trustUnavailable+"}")
+		} else {
+			names = append(slices.Clip(names), n.Exception)
+		}
+	}
+	if len(names) > len(cfg.Token.Accept) {
+		var list []string
+		for _, n := range names {
+			list = append(list, string(n))
+		}
+		lines = append(lines, "token: {accept: ["+strings.Join(list, ", ")+"]}")
+	}
+	return strings.Join(lines, " and ")
 }
 
 // close ends everything in the order in which it depends on each other.

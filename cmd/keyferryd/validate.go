@@ -67,6 +67,17 @@ func (c *config) validateToken() error {
 		}
 	}
 	slices.SortFunc(errs, func(a, b error) int { return strings.Compare(a.Error(), b.Error()) })
+	for _, e := range c.Token.Accept {
+		switch {
+		case e == hsm.TrustedUnavailable:
+			errs = append(errs, fmt.Errorf("token.accept: %q is written as vault: {trusted: %s}", e, trustUnavailable))
+		case !slices.Contains(hsm.Exceptions(), e):
+			errs = append(errs, fmt.Errorf("token.accept: there is no exception %q, but %q", e, hsm.Exceptions()))
+		}
+	}
+	if !slices.Contains([]string{"", trustByVendor, trustUnavailable}, c.Vault.Trusted) {
+		errs = append(errs, fmt.Errorf("vault.trusted: %q is neither %s nor %s", c.Vault.Trusted, trustByVendor, trustUnavailable))
+	}
 	return errors.Join(errs...)
 }
 

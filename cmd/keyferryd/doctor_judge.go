@@ -1,0 +1,89 @@
+package main
+
+import (
+	"slices"
+
+	"github.com/keyferry/keyferry/hsm"
+	"github.com/keyferry/keyferry/softhsm"
+)
+
+// guarantees are what holds on a token that keeps every rule, with the
+// exceptions that end it.
+var guarantees = []struct {
+	statement string
+	ends      []hsm.Exception
+}{
+	{"the database alone opens nothing", nil},
+	{
+		"whoever has the user PIN and the database, and reaches the token through PKCS#11, gets no key that was sealed",
+		[]hsm.Exception{hsm.UnwrapTemplateIgnored, hsm.AllowedMechanismsIgnored, hsm.WrapsUnextractable},
+	},
+	{
+		"whoever has the user PIN reads nothing that customers have wrapped, also while its wrapping pair lives",
+		[]hsm.Exception{
+			hsm.UnwrapTemplateIgnored, hsm.AllowedMechanismsIgnored, hsm.TrustedUnavailable, hsm.WrapsUnextractable,
+			hsm.CopyableIgnored, hsm.ModifiableIgnored, hsm.ProvenanceUnreported, hsm.CopiesHideTwins,
+		},
+	},
+	{
+		"only keys that were generated in the token, and have no twin of other usages, are given to customers to wrap under",
+		[]hsm.Exception{hsm.ProvenanceUnreported, hsm.CopiesHideTwins, hsm.CopyableIgnored},
+	},
+	{
+		"whoever has the user PIN gives no key another use than it has",
+		[]hsm.Exception{hsm.CopyableIgnored, hsm.ModifiableIgnored, hsm.AllowedMechanismsIgnored, hsm.UnwrapTemplateIgnored},
+	},
+	{
+		"only what was imported is sealed under the vault",
+		[]hsm.Exception{hsm.WrapTemplateIgnored, hsm.TrustedUnavailable},
+	},
+	{
+		"whoever has the user PIN does not destroy the vault, the MAC key and the receipt key",
+		[]hsm.Exception{hsm.DestroyableIgnored},
+	},
+}
+
+// judge says what follows for whom.
+func (d *diagnosis) judge(x *hsm.Examination, cfg *config) {
+	lost := func(e hsm.Exception) bool {
+		return slices.ContainsFunc(d.Exceptions, func(x exception) bool { return x.Name == e })
+	}
+	const v15 = "token.allow_pkcs1_v15 offers a padding oracle to whoever has the PIN"
+	for i, g := range guarantees {
+		out := guarantee{Statement: g.statement, Holds: true}
+		for _, e := range g.ends {
+			if lost(e) {
+				out.Because = append(out.Because, "the token "+e.Does())
+			}
+		}
+		if i == 2 && cfg.Token.AllowPKCS1v15 && x.Capabilities.Offers(hsm.RSA2048, hsm.PKCS1v15) == nil {
+			out.Because = append(out.Because, v15)
+		}
+		if err := x.Capabilities.Refusal(); err != nil && g.ends != nil {
+			out.Because = append(out.Because, "the token cannot be used: see the problems")
+		}
+		out.Holds = len(out.Because) == 0
+		d.Guarantees = append(d.Guarantees, out)
+	}
+	if x.Capabilities.Finding(hsm.FindImplicit).Verdict == hsm.Proven {
+		d.warn("a tampered RSAES_PKCS1_V1_5 blob unwraps to a random key, about one in 250 of them of the right length",
+			"have customers compare the check value or the material id of what they imported")
+	}
+	probed := map[string]string{"O3": hsm.FindDigestKey, "O8": hsm.FindByValue}
+	for _, h := range softhsm.KnownHoles {
+		if h.Closed == "" {
+			d.Limits = append(d.Limits, h.Limit)
+			continue
+		}
+		state := "unknown" // it takes a race, or another token, to find out
+		if id, ok := probed[h.ID]; ok {
+			switch x.Capabilities.Finding(id).Verdict {
+			case hsm.Proven:
+				state = "closed"
+			case hsm.Ignored:
+				state = "open"
+			}
+		}
+		d.Holes = append(d.Holes, hole{ID: h.ID, Limit: h.Limit, State: state})
+	}
+}
