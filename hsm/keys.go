@@ -175,18 +175,31 @@ func trustedVaults(s *p11.Session, r rules, proven sm) (vaults, error) {
 // verifyVault reads a vault key back and names it by its fingerprint.
 func verifyVault(s *p11.Session, r rules, h p11.Handle, kind vaultKind) (*vault, error) {
 	v := &vault{handle: h, kind: kind}
-	if strict := r.readBack(s, h, join(kind.vaultKey(false), provenance())); strict != nil {
-		v.reseal = true
-		if r.readBack(s, h, join(kind.vaultKey(true), provenance())) != nil {
-			return nil, strict
+	// A token that has learnt CKM_AES_CMAC since keeps the vault that it has.
+	other := r
+	other.builtCMAC = !r.builtCMAC
+	var refused error
+	for _, as := range []struct {
+		rules
+		reseal bool
+	}{{r, false}, {r, true}, {other, false}, {other, true}} {
+		err := as.readBack(s, h, join(kind.vaultKey(as.reseal), provenance()))
+		if err == nil {
+			v.reseal, v.opened = as.reseal, as.template(opened(kind.cipher, as.reseal)...)
+			break
 		}
+		if refused == nil {
+			refused = err
+		}
+	}
+	if v.opened == nil {
+		return nil, refused
 	}
 	var err error
 	if v.canary, err = wrapConstant(s, r, h); err != nil {
 		return nil, err
 	}
 	v.fingerprint = sha256.Sum256(v.canary)
-	v.opened = r.template(opened(kind.cipher, v.reseal)...)
 	return v, nil
 }
 
