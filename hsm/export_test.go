@@ -103,12 +103,12 @@ func LoseForTest(t *Token) {
 // p11-kit: the pool, the MAC key and the search for pairs, without vaults.
 func OpenHalfForTest(ctx context.Context, cfg Config) (*Token, error) {
 	return openBy(ctx, cfg, func(c *connection, s *p11.Session) error {
-		macs, handles, err := macKeys(s)
+		macs, handles, err := macKeys(s, c.rules)
 		i := slices.Index(macs, cfg.Pins.MACKey)
 		if err != nil || i < 0 {
 			return fault("find half of the token's keys", errors.Join(err, ErrUnavailable))
 		}
-		c.mac, c.caps = handles[i], &capabilities{wrapping: map[Algorithm]error{OAEPSHA1: nil}, maxModulus: RSA2048.Bits()}
+		c.mac, c.caps = handles[i], &Capabilities{wrapping: map[Algorithm]error{OAEPSHA1: nil}, maxModulus: RSA2048.Bits()}
 		return nil
 	})
 }
