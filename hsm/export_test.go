@@ -108,6 +108,7 @@ func OpenHalfForTest(ctx context.Context, cfg Config) (*Token, error) {
 		if err != nil || i < 0 {
 			return fault("find half of the token's keys", errors.Join(err, ErrUnavailable))
 		}
+		c.measured = c.rules.template(measured()...)
 		c.mac, c.caps = handles[i], &Capabilities{wrapping: map[Algorithm]error{OAEPSHA1: nil}, maxModulus: RSA2048.Bits()}
 		return nil
 	})
