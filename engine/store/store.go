@@ -10,6 +10,7 @@ package store
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 )
 
@@ -24,6 +25,11 @@ var (
 	ErrConflict = errors.New("store: changed since it was read")
 	// ErrNoPair: no ready pair is left; generate one.
 	ErrNoPair = errors.New("store: no wrapping pair is ready")
+	// ErrCondemned is the ErrConflict of an Update whose Holding is not
+	// Expected or Kept, of that CMK.
+	ErrCondemned = fmt.Errorf("%w: an object of the token that was given up", ErrConflict)
+	// ErrLimit: there are as many entries as there may be.
+	ErrLimit = errors.New("store: limit is reached")
 	// ErrUnavailable: the database is locked, full or gone; the change was
 	// not made, or (after a lost commit) is not known to have been made.
 	ErrUnavailable = errors.New("store: unavailable")
@@ -55,6 +61,8 @@ type Key struct {
 	PairID            []byte // 16 bytes
 	PairFingerprint   []byte // 32 bytes
 
+	Custody string // of its material, whether there is one or not; "": sealed
+
 	// Receipt is the hash of the CMK's last entry in the log of receipts, 32
 	// bytes, nil while it has none.
 	Receipt []byte
@@ -66,9 +74,17 @@ type Key struct {
 type Update struct {
 	Key     Key      // the new row, of the next Revision
 	Receipt *Receipt // nil: none
+	Holding *Holding // nil: what the token holds of the CMK stays as it is
 	// Stale: whoever uses the CMK as it was must stop. Other Stores of the
 	// database report it; see Watch.
 	Stale bool
+}
+
+// Holding says which object of the token the new row of a CMK refers to. The
+// entry of that object becomes Kept if it was Expected, and those of the CMK's
+// other Kept ones become Condemned.
+type Holding struct {
+	ID []byte // 16 bytes; nil: none
 }
 
 // Deletion is the end of one CMK and what is committed with it.
@@ -117,6 +133,28 @@ type LogExtension struct {
 	Entries []int64 // Seq of those that follow, in order
 	Tiles   []Tile  // new, or longer than they were
 	Head    []byte
+}
+
+// ResidentState is what may be said of an object that holds material in the
+// token.
+type ResidentState int64
+
+// The states of a Resident. An object is made only after its entry is durable,
+// and an entry is removed only after its object is gone.
+const (
+	ResidentExpected  ResidentState = 1 // there may be an object, and no row refers to it yet
+	ResidentKept      ResidentState = 2 // a row refers to it
+	ResidentCondemned ResidentState = 3 // no row refers to it, or ever will again
+)
+
+// Resident is the journal's entry of one object of the token that holds, or may
+// hold, a CMK's material.
+type Resident struct {
+	ID    [16]byte
+	KeyID string
+	Node  string    // who made the entry
+	Since time.Time // when
+	State ResidentState
 }
 
 // Pair is the row of one wrapping pair, whose private half is in the token.
@@ -204,12 +242,12 @@ type Store interface {
 	// UpdateKey replaces the row if the stored Revision is one less than the
 	// new one's, and does all else that the Update says in the same
 	// transaction. ErrConflict if it is not, ErrNotFound if there is no row,
-	// ErrExists if the KeyVersionID is another key's. Seq and Index of the
-	// Receipt are given by the store.
+	// ErrExists if the KeyVersionID is another key's, ErrCondemned. Seq and
+	// Index of the Receipt are given by the store.
 	UpdateKey(ctx context.Context, update Update) error
 	// DeleteKey removes the row, its usage and its import tokens if the
-	// stored Revision is the Deletion's, and adds the Receipt. ErrConflict,
-	// ErrNotFound.
+	// stored Revision is the Deletion's, and adds the Receipt. The entries of
+	// the CMK's objects become Condemned. ErrConflict, ErrNotFound.
 	DeleteKey(ctx context.Context, deletion Deletion) error
 	// ListKeys returns rows in order of creation, then KeyID, and how many
 	// match in all.
@@ -283,6 +321,20 @@ type Store interface {
 	// whether the holder has it now: nobody else has until the time is up, by
 	// the store's clock.
 	Lease(ctx context.Context, name, holder string, life time.Duration) (held bool, err error)
+
+	// AddResident adds an entry, whatever its State says as Expected. ErrExists;
+	// ErrLimit if there are limit entries or more, unless limit is 0. Nodes that
+	// add at once may exceed the limit by as many.
+	AddResident(ctx context.Context, resident Resident, limit int) error
+	// Residents returns every entry, or with due set at most limit of those that
+	// are Condemned, or Expected since due or longer, the oldest first.
+	Residents(ctx context.Context, due time.Time, limit int) ([]Resident, error)
+	// CondemnResident makes an Expected entry Condemned. One that is so already
+	// stays as it is. ErrConflict if it is Kept, ErrNotFound.
+	CondemnResident(ctx context.Context, id [16]byte) error
+	// RemoveResidents removes entries in one transaction, but for Kept ones. It
+	// is no error if one is gone already.
+	RemoveResidents(ctx context.Context, ids [][16]byte) error
 
 	// NextBoot returns a number greater than any it returned before.
 	NextBoot(ctx context.Context) (uint64, error)

@@ -15,17 +15,17 @@ import (
 // keyColumns are the columns of table cmk in the order of keyTargets.
 const keyColumns = `cmk.key_id, cmk.key_version_id, cmk.revision, cmk.spec, cmk.state, cmk.description,
 	cmk.created_at, cmk.delete_at, cmk.kcv, cmk.material_id, cmk.check_value_algorithm, cmk.check_value,
-	cmk.material, cmk.expire_at, cmk.wrapping_algorithm, cmk.pair_id, cmk.pair_fingerprint, cmk.receipt, cmk.mac`
+	cmk.material, cmk.expire_at, cmk.wrapping_algorithm, cmk.pair_id, cmk.pair_fingerprint, cmk.custody, cmk.receipt, cmk.mac`
 
 const (
 	insertKeyQuery = `INSERT INTO cmk (key_id, key_version_id, revision, spec, state, description,
 	created_at, delete_at, kcv, material_id, check_value_algorithm, check_value,
-	material, expire_at, wrapping_algorithm, pair_id, pair_fingerprint, receipt, mac, due_at)
-	VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)`
+	material, expire_at, wrapping_algorithm, pair_id, pair_fingerprint, custody, receipt, mac, due_at)
+	VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)`
 	updateKeyQuery = `UPDATE cmk SET key_version_id = $2, revision = $3, spec = $4, state = $5, description = $6,
 	created_at = $7, delete_at = $8, kcv = $9, material_id = $10, check_value_algorithm = $11, check_value = $12,
-	material = $13, expire_at = $14, wrapping_algorithm = $15, pair_id = $16, pair_fingerprint = $17, receipt = $18,
-	mac = $19, due_at = $20
+	material = $13, expire_at = $14, wrapping_algorithm = $15, pair_id = $16, pair_fingerprint = $17, custody = $18,
+	receipt = $19, mac = $20, due_at = $21
 	WHERE key_id = $1 AND revision = $3 - 1`
 	keyQuery          = `SELECT ` + keyColumns + ` FROM cmk WHERE key_id = $1`
 	keyByVersionQuery = `SELECT ` + keyColumns + ` FROM cmk WHERE key_version_id = $1`
@@ -39,7 +39,7 @@ func keyValues(k *store.Key) []any {
 	return []any{
 		k.KeyID, k.KeyVersionID, k.Revision, k.Spec, k.State, []byte(k.Description),
 		seconds(k.CreatedAt), seconds(k.DeleteAt), k.KCV, k.MaterialID, k.CheckValueAlgorithm, k.CheckValue,
-		k.Material, seconds(k.ExpireAt), k.WrappingAlgorithm, k.PairID, k.PairFingerprint, k.Receipt, k.MAC,
+		k.Material, seconds(k.ExpireAt), k.WrappingAlgorithm, k.PairID, k.PairFingerprint, k.Custody, k.Receipt, k.MAC,
 		seconds(due(k)),
 	}
 }
@@ -49,7 +49,7 @@ func keyTargets(k *store.Key) []any {
 	return []any{
 		&k.KeyID, &k.KeyVersionID, &k.Revision, &k.Spec, &k.State, (*utf8Bytes)(&k.Description),
 		(*instant)(&k.CreatedAt), (*instant)(&k.DeleteAt), &k.KCV, &k.MaterialID, &k.CheckValueAlgorithm, &k.CheckValue,
-		&k.Material, (*instant)(&k.ExpireAt), &k.WrappingAlgorithm, &k.PairID, &k.PairFingerprint, &k.Receipt, &k.MAC,
+		&k.Material, (*instant)(&k.ExpireAt), &k.WrappingAlgorithm, &k.PairID, &k.PairFingerprint, &k.Custody, &k.Receipt, &k.MAC,
 	}
 }
 
@@ -106,13 +106,21 @@ func (s *Store) oneKey(ctx context.Context, query, id string) (key store.Key, er
 // UpdateKey implements store.Store.
 func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
 	query, args := s.whole(updateKeyQuery, keyValues(&update.Key), update.Receipt, update.Stale)
-	return s.change(ctx, update.Key.KeyID, query, args)
+	if update.Holding == nil {
+		return s.change(ctx, update.Key.KeyID, query, args)
+	}
+	return s.changeHolding(ctx, update.Key.KeyID, query, args, func(ctx context.Context, tx pgx.Tx) error {
+		return hold(ctx, tx, update.Key.KeyID, update.Holding)
+	})
 }
 
 // DeleteKey implements store.Store.
 func (s *Store) DeleteKey(ctx context.Context, deletion store.Deletion) error {
 	query, args := s.whole(deleteKeyQuery, []any{deletion.KeyID, deletion.Revision}, deletion.Receipt, true)
-	return s.change(ctx, deletion.KeyID, query, args)
+	return s.changeHolding(ctx, deletion.KeyID, query, args, func(ctx context.Context, tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, condemnAllQuery, deletion.KeyID)
+		return err
+	})
 }
 
 // whole makes one statement of one that changes the row of a key and of those
@@ -150,8 +158,29 @@ func (s *Store) change(ctx context.Context, keyID, query string, args []any) err
 	})
 }
 
+// changeHolding is change with more to do in the same transaction.
+func (s *Store) changeHolding(
+	ctx context.Context, keyID, query string, args []any, more func(context.Context, pgx.Tx) error,
+) error {
+	return s.transact(ctx, func(ctx context.Context, tx pgx.Tx) error {
+		changed, err := tx.Exec(ctx, query, args...)
+		if err != nil {
+			return err
+		}
+		if changed.RowsAffected() != 1 {
+			return unchanged(ctx, tx, keyID)
+		}
+		return more(ctx, tx)
+	})
+}
+
+// querier is a connection, or a transaction on one.
+type querier interface {
+	QueryRow(ctx context.Context, query string, args ...any) pgx.Row
+}
+
 // unchanged says why no row was changed: it is another revision, or none.
-func unchanged(ctx context.Context, c *pgxpool.Conn, keyID string) error {
+func unchanged(ctx context.Context, c querier, keyID string) error {
 	var found bool
 	err := c.QueryRow(ctx, keyExistsQuery, keyID).Scan(&found)
 	switch {

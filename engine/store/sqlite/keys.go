@@ -12,13 +12,13 @@ import (
 // keyColumns are the columns of table cmk in the order of cursor.key.
 const keyColumns = `cmk.key_id, cmk.key_version_id, cmk.revision, cmk.spec, cmk.state, cmk.description,
 	cmk.created_at, cmk.delete_at, cmk.kcv, cmk.material_id, cmk.check_value_algorithm, cmk.check_value,
-	cmk.material, cmk.expire_at, cmk.wrapping_algorithm, cmk.pair_id, cmk.pair_fingerprint, cmk.receipt, cmk.mac`
+	cmk.material, cmk.expire_at, cmk.wrapping_algorithm, cmk.pair_id, cmk.pair_fingerprint, cmk.custody, cmk.receipt, cmk.mac`
 
 var (
 	insertKeyQuery = &query{`INSERT INTO cmk (key_id, key_version_id, revision, spec, state, description,
 	created_at, delete_at, kcv, material_id, check_value_algorithm, check_value,
-	material, expire_at, wrapping_algorithm, pair_id, pair_fingerprint, receipt, mac, due_at)
-	VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20)`}
+	material, expire_at, wrapping_algorithm, pair_id, pair_fingerprint, custody, receipt, mac, due_at)
+	VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17, $18, $19, $20, $21)`}
 	keyQuery          = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE key_id = $1`}
 	keyByVersionQuery = &query{`SELECT ` + keyColumns + ` FROM cmk WHERE key_version_id = $1`}
 	deleteKeyQuery    = &query{`DELETE FROM cmk WHERE key_id = $1 AND revision = $2`}
@@ -36,16 +36,16 @@ var (
 //	1: an import, expiry, deletion: the state changes, or when the row is due
 //	2: anything
 var updateQueries = [...]*query{
-	{updateText(``, `AND spec = $4 AND state = $5 AND due_at IS NOT DISTINCT FROM $20
+	{updateText(``, `AND spec = $4 AND state = $5 AND due_at IS NOT DISTINCT FROM $21
 	AND key_version_id = $2 AND created_at IS NOT DISTINCT FROM $7`)},
-	{updateText(`, spec = $4, state = $5, due_at = $20`, `AND key_version_id = $2 AND created_at IS NOT DISTINCT FROM $7`)},
-	{updateText(`, spec = $4, state = $5, due_at = $20, key_version_id = $2, created_at = $7`, ``)},
+	{updateText(`, spec = $4, state = $5, due_at = $21`, `AND key_version_id = $2 AND created_at IS NOT DISTINCT FROM $7`)},
+	{updateText(`, spec = $4, state = $5, due_at = $21, key_version_id = $2, created_at = $7`, ``)},
 }
 
 func updateText(set, where string) string {
 	return `UPDATE cmk SET revision = $3, description = $6, delete_at = $8, kcv = $9, material_id = $10,
 	check_value_algorithm = $11, check_value = $12, material = $13, expire_at = $14, wrapping_algorithm = $15,
-	pair_id = $16, pair_fingerprint = $17, receipt = $18, mac = $19` + set + `
+	pair_id = $16, pair_fingerprint = $17, custody = $18, receipt = $19, mac = $20` + set + `
 	WHERE key_id = $1 AND revision = $3 - 1 ` + where
 }
 
@@ -54,7 +54,7 @@ func keyValues(k *store.Key) []driver.Value {
 	return []driver.Value{
 		k.KeyID, k.KeyVersionID, k.Revision, k.Spec, k.State, k.Description,
 		seconds(k.CreatedAt), seconds(k.DeleteAt), bytes(k.KCV), bytes(k.MaterialID), k.CheckValueAlgorithm, bytes(k.CheckValue),
-		bytes(k.Material), seconds(k.ExpireAt), k.WrappingAlgorithm, bytes(k.PairID), bytes(k.PairFingerprint), bytes(k.Receipt), bytes(k.MAC),
+		bytes(k.Material), seconds(k.ExpireAt), k.WrappingAlgorithm, bytes(k.PairID), bytes(k.PairFingerprint), k.Custody, bytes(k.Receipt), bytes(k.MAC),
 		seconds(due(k)),
 	}
 }
@@ -88,6 +88,7 @@ func (c *cursor) key() store.Key {
 		WrappingAlgorithm:   c.text(),
 		PairID:              c.bytes(),
 		PairFingerprint:     c.bytes(),
+		Custody:             c.text(),
 		Receipt:             c.bytes(),
 		MAC:                 c.bytes(),
 	}
@@ -129,6 +130,9 @@ func (s *Store) oneKey(ctx context.Context, q *query, id string) (key store.Key,
 func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
 	key := &update.Key
 	return s.write(ctx, func(c *conn) error {
+		if err := checkHolding(c, key.KeyID, update.Holding); err != nil {
+			return err
+		}
 		values := keyValues(key)
 		for _, q := range updateQueries {
 			changed, err := c.exec(q, values...)
@@ -137,6 +141,9 @@ func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
 			}
 			if changed == 1 {
 				c.erased = c.erased || key.Material == nil
+				if err := holdOnly(c, key.KeyID, update.Holding); err != nil {
+					return err
+				}
 				return addReceipt(c, update.Receipt)
 			}
 		}
@@ -153,6 +160,9 @@ func (s *Store) DeleteKey(ctx context.Context, deletion store.Deletion) error {
 		}
 		if changed == 1 {
 			c.erased = true
+			if _, err := c.exec(condemnAllQuery, deletion.KeyID); err != nil {
+				return err
+			}
 			return addReceipt(c, deletion.Receipt)
 		}
 		return unchanged(c, deletion.KeyID)

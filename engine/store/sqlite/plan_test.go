@@ -17,7 +17,7 @@ func plan(t *testing.T, s *Store, text string) (steps []string) {
 		st, err := c.statement(`EXPLAIN QUERY PLAN ` + text)
 		require.NoError(t, err)
 		defer func() { require.NoError(t, st.Close()) }()
-		args := make([]driver.Value, 20) // as many as any statement has
+		args := make([]driver.Value, 21) // as many as any statement has
 		n := 0
 		for _, m := range regexp.MustCompile(`\$(\d+)`).FindAllStringSubmatch(text, -1) {
 			var i int
@@ -72,12 +72,14 @@ func TestPlans(t *testing.T) {
 			`SEARCH nonce_batch USING INTEGER PRIMARY KEY (rowid=?)`, `LIST SUBQUERY`,
 			`SEARCH nonce_batch USING COVERING INDEX nonce_batch_expires (expires_at<?)`,
 		}},
-		"PendingReceipts": {pendingReceiptsQuery.text, []string{`SCAN receipt USING INDEX receipt_pending`}},
-		"LogReceipts":     {logReceiptsQuery.text, []string{`SEARCH receipt USING INDEX receipt_place (place>?)`}},
-		"KeyReceipts":     {keyReceiptsQuery.text, []string{`SEARCH receipt USING INDEX receipt_key (key_id=?)`}},
-		"ImportReceipt":   {importReceiptQuery.text, []string{`SEARCH receipt USING INDEX receipt_key (key_id=?)`}},
-		"ExtendLog":       {placeReceiptQuery.text, []string{`SEARCH receipt USING INTEGER PRIMARY KEY (rowid=?)`}},
-		"LogTiles":        {tileQuery.text, []string{`SEARCH receipt_tile USING INDEX`}},
+		"Residents":          {dueResidentsQuery.text, []string{`SCAN resident USING INDEX resident_due`}},
+		"UpdateKey, holding": {holdQuery.text, []string{`SEARCH resident USING INDEX resident_key (key_id=?)`}},
+		"PendingReceipts":    {pendingReceiptsQuery.text, []string{`SCAN receipt USING INDEX receipt_pending`}},
+		"LogReceipts":        {logReceiptsQuery.text, []string{`SEARCH receipt USING INDEX receipt_place (place>?)`}},
+		"KeyReceipts":        {keyReceiptsQuery.text, []string{`SEARCH receipt USING INDEX receipt_key (key_id=?)`}},
+		"ImportReceipt":      {importReceiptQuery.text, []string{`SEARCH receipt USING INDEX receipt_key (key_id=?)`}},
+		"ExtendLog":          {placeReceiptQuery.text, []string{`SEARCH receipt USING INTEGER PRIMARY KEY (rowid=?)`}},
+		"LogTiles":           {tileQuery.text, []string{`SEARCH receipt_tile USING INDEX`}},
 		// In order, and only as far as the page reaches.
 		"ListKeys": {listQuery.text, []string{`SCAN cmk USING INDEX cmk_created`}},
 		"ListKeys, groups": {mergeText(2), []string{

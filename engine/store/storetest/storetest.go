@@ -44,6 +44,8 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"BindPairRefuses", testBindPairRefuses},
 		{"LoadImport", testLoadImport},
 		{"CountFailure", testCountFailure},
+		{"Residents", testResidents},
+		{"HoldResidents", testHoldResidents},
 		{"Usage", testUsage},
 		{"Nonces", testNonces},
 		{"Receipts", testReceipts},
@@ -127,6 +129,7 @@ func imported(key store.Key) store.Key {
 	key.WrappingAlgorithm = "RSAES_OAEP_SHA_256"
 	key.PairID = fill(16, n+5)
 	key.PairFingerprint = fill(32, n+6)
+	key.Custody = "resident"
 	key.Receipt = fill(32, n+8)
 	key.MAC = fill(32, n+7)
 	return key
