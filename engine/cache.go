@@ -285,7 +285,16 @@ func (e *Engine) openRow(ctx context.Context, ref keyRef) (*openKey, error) {
 	if err := material.UnmarshalBinary(row.Material); err != nil {
 		return nil, &Error{Kind: Internal, cause: err}
 	}
-	key, err := e.token.OpenMaterial(ctx, material)
+	var key *hsm.Key
+	if custodyOf(&row) == hsm.Resident {
+		key, err = e.openResident(ctx, &row, material)
+	} else {
+		key, err = e.token.OpenMaterial(ctx, material)
+	}
+	var own *Error
+	if errors.As(err, &own) {
+		return nil, err
+	}
 	if err != nil {
 		if errors.Is(err, hsm.ErrUntrusted) {
 			e.log.LogAttrs(ctx, slog.LevelError, "the material of a key does not open in this token",

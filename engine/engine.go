@@ -29,6 +29,7 @@
 package engine
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/sha256"
@@ -36,6 +37,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/keyferry/keyferry/engine/receipt"
@@ -55,6 +57,16 @@ type Config struct {
 	PoolSize  int            // ready wrapping pairs per spec and algorithm; 0: 8
 	PairBound int            // outstanding ones before they are shared; 0: 64
 	PairSpecs []hsm.PairSpec // offered if the token has them; nil: RSA_2048, EC_SM2
+
+	// Custody is that of CMKs which do not ask for one; 0: hsm.Sealed. Material
+	// of CMKs that ask for another is kept in that, if the token can, unless
+	// OnlyCustody.
+	Custody     hsm.Custody
+	OnlyCustody bool
+	// ResidentLimit is how many objects of resident material the token may
+	// hold. From 80 percent on a warning is logged, and at the limit the
+	// material of no further CMK is imported. 0: 2,000.
+	ResidentLimit int
 
 	CacheSize int // open keys; 0: 10,000
 
@@ -89,6 +101,7 @@ func (c *Config) Validate() error {
 	}{
 		{"PoolSize", int64(c.PoolSize)},
 		{"PairBound", int64(c.PairBound)},
+		{"ResidentLimit", int64(c.ResidentLimit)},
 		{"CacheSize", int64(c.CacheSize)},
 		{"Nodes", int64(c.Nodes)},
 		{"FailureFloor", int64(c.FailureFloor)},
@@ -113,6 +126,11 @@ type Engine struct {
 	specs     []hsm.PairSpec
 	offers    []WrappingOffer
 	pairBound int
+
+	custodies     []hsm.Custody // that CMKs can have, that of new ones first
+	residentLimit int
+	residents     residents
+	bothPools     atomic.Bool // pairs for the other custodies were asked for
 
 	failureFloor  time.Duration
 	failureBudget int
@@ -188,6 +206,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		strangers:     make(map[[sha256.Size]byte]bool),
 		started:       time.Now(),
 		node:          rand.Text(),
+		residentLimit: orDefault(cfg.ResidentLimit, 2000),
 	}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
@@ -206,7 +225,10 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if err := e.findReceiptKey(ctx); err != nil {
 		return nil, err
 	}
-	if err := e.reconcilePairs(ctx); err != nil {
+	if e.custodies, err = custodies(e.token, cmp.Or(cfg.Custody, hsm.Sealed), cfg.OnlyCustody); err != nil {
+		return nil, err
+	}
+	if err := e.reconcile(ctx); err != nil {
 		return nil, err
 	}
 	e.life, e.end = context.WithCancel(context.Background())

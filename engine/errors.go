@@ -36,6 +36,7 @@ const (
 	KeyDisabled        Kind = "key is disabled"
 	KeyPendingDeletion Kind = "key is pending deletion"
 	KeyPendingImport   Kind = "key is pending import"
+	MaterialLost       Kind = "key material is not in the token any more"
 	LimitExceeded      Kind = "a limit is exceeded"
 	Unavailable        Kind = "service is unavailable"
 	Internal           Kind = "internal failure"

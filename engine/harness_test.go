@@ -120,6 +120,9 @@ func newHouse(tb testing.TB, settings ...func(*house)) *house {
 	h.cfg = engine.Config{
 		Now: h.clock.Now, ManualSweep: true, PoolSize: 1, PairBound: 1, FailureFloor: time.Millisecond,
 	}
+	if os.Getenv("KEYFERRY_CUSTODY") == hsm.Resident.String() {
+		h.cfg.Custody = hsm.Resident
+	}
 	for _, set := range settings {
 		set(h)
 	}
@@ -134,6 +137,7 @@ func newHouse(tb testing.TB, settings ...func(*house)) *house {
 		for _, pair := range pairs {
 			require.NoError(tb, h.cfg.Token.DestroyPair(context.Background(), pair.ID))
 		}
+		h.destroyResidents(tb)
 	})
 	return h
 }
@@ -195,10 +199,30 @@ func (h *house) reopen(tb testing.TB) {
 	h.open(tb)
 }
 
-// newKey makes a CMK that waits for material.
+// residents lists the objects of the house in the token.
+func (h *house) residents(tb testing.TB) []hsm.ResidentObject {
+	tb.Helper()
+	objects, err := h.cfg.Token.Residents(context.Background(), h.instance)
+	require.NoError(tb, err)
+	return objects
+}
+
+func (h *house) destroyResidents(tb testing.TB) {
+	tb.Helper()
+	for _, o := range h.residents(tb) {
+		require.NoError(tb, h.cfg.Token.DestroyResident(context.Background(), h.instance, o.ID))
+	}
+}
+
+// newKey makes a CMK that waits for material. It is resident, where that is
+// what KEYFERRY_CUSTODY says, unless it is of SM4.
 func (h *house) newKey(tb testing.TB, spec engine.KeySpec) string {
 	tb.Helper()
-	key, err := h.CreateKey(context.Background(), engine.CreateKeyInput{Spec: spec})
+	in := engine.CreateKeyInput{Spec: spec}
+	if spec == engine.AliyunSM4 {
+		in.Custody = hsm.Sealed
+	}
+	key, err := h.CreateKey(context.Background(), in)
 	require.NoError(tb, err)
 	require.Equal(tb, engine.PendingImport, key.State)
 	return key.KeyID

@@ -53,10 +53,17 @@ func waitForFloor(ctx context.Context, start time.Time, floor time.Duration) {
 }
 
 // importMaterial does an import that was admitted.
-func (e *Engine) importMaterial(ctx context.Context, in *ImportInput, a *admitted) error {
+func (e *Engine) importMaterial(ctx context.Context, in *ImportInput, a *admitted) (err error) {
 	imported, err := e.unwrap(ctx, in, a)
 	if err != nil {
 		return err
+	}
+	if m := &imported.Material; m.Custody == hsm.Resident {
+		defer func() {
+			if err != nil {
+				e.giveUp(ctx, in.KeyID, hsm.ObjectID(m.Ref))
+			}
+		}()
 	}
 	for range maxConflicts {
 		err := e.commitImport(ctx, in, a, &imported)
@@ -65,6 +72,8 @@ func (e *Engine) importMaterial(ctx context.Context, in *ImportInput, a *admitte
 			return nil
 		case errors.Is(err, errOtherMaterial):
 			return e.refuseMaterial(ctx, a)
+		case errors.Is(err, store.ErrCondemned):
+			return &Error{Kind: Unavailable, Hint: "the import took too long", cause: err}
 		case !errors.Is(err, store.ErrConflict):
 			return err
 		}
@@ -199,8 +208,12 @@ func (e *Engine) judgeToken(ctx context.Context, in *ImportInput, token *importT
 // that this token cannot check, and the lack of any where nothing else tells a
 // damaged blob from a good one.
 func (e *Engine) judgeRequest(in *ImportInput, a *admitted) error {
-	if err := e.token.Offers(a.token.spec, a.token.algorithm); err != nil {
+	spec, custody := ofKind(a.token.spec)
+	if err := e.token.Offers(spec, a.token.algorithm); err != nil {
 		return tokenError(err)
+	}
+	if custody != custodyOf(&a.row) {
+		return &Error{Kind: InvalidImportToken}
 	}
 	if KeySpec(a.row.Spec) == AliyunSM4 && in.ExpectCheckValue != nil && e.token.Usable(hsm.SM4) != nil {
 		return invalid(expectCheckValue, "this token has no SM4 to compute it with; expect a material id instead")
@@ -219,17 +232,25 @@ func (e *Engine) unwrap(ctx context.Context, in *ImportInput, a *admitted) (hsm.
 	_, err := e.pairOf(ctx, &a.pair)
 	var imported hsm.Imported
 	if err == nil {
-		imported, err = e.token.Import(ctx, hsm.ImportRequest{
+		req := hsm.ImportRequest{
 			Pair:      a.token.pair,
 			Algorithm: a.token.algorithm,
 			Wrapped:   in.EncryptedKeyMaterial,
 			Spec:      KeySpec(a.row.Spec).materialSpec(),
 			Context:   []byte(in.KeyID),
-		})
+		}
+		if custodyOf(&a.row) == hsm.Resident {
+			imported, err = e.importResident(ctx, a, req)
+		} else {
+			imported, err = e.token.Import(ctx, req)
+		}
 	}
+	var own *Error
 	switch {
 	case err == nil:
 		return imported, nil
+	case errors.As(err, &own):
+		return hsm.Imported{}, err
 	case errors.Is(err, hsm.ErrInvalidMaterial):
 		return hsm.Imported{}, e.refuseMaterial(ctx, a)
 	case errors.Is(err, hsm.ErrPairNotFound):

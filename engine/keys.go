@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
+	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -35,6 +37,10 @@ func (e *Engine) CreateKey(ctx context.Context, in CreateKeyInput) (KeyMetadata,
 	if !utf8.ValidString(in.Description) || utf8.RuneCountInString(in.Description) > MaxDescription {
 		return KeyMetadata{}, invalid("Description", "at most 8192 characters of UTF-8")
 	}
+	custody, err := e.chooseCustody(in.Custody, in.Spec)
+	if err != nil {
+		return KeyMetadata{}, err
+	}
 	ids, err := newIDs()
 	if err != nil {
 		return KeyMetadata{}, err
@@ -47,6 +53,7 @@ func (e *Engine) CreateKey(ctx context.Context, in CreateKeyInput) (KeyMetadata,
 		State:        string(PendingImport),
 		Description:  in.Description,
 		CreatedAt:    e.second(),
+		Custody:      storedCustody(custody),
 	}
 	if err := e.sealRow(ctx, &row); err != nil {
 		return KeyMetadata{}, err
@@ -78,7 +85,16 @@ func (e *Engine) DescribeKey(ctx context.Context, keyID string) (KeyMetadata, er
 	if err != nil {
 		return KeyMetadata{}, err
 	}
-	return metadataOf(&row), nil
+	return e.describe(&row), nil
+}
+
+// describe is metadataOf with what the token was found not to have.
+func (e *Engine) describe(row *store.Key) KeyMetadata {
+	m := metadataOf(row)
+	if id, ok := objectOf(row); ok {
+		m.MaterialLost, _ = e.residents.isLost(id, e.second())
+	}
+	return m
 }
 
 // ListKeys returns CMKs in order of creation, and how many there are in all.
@@ -111,7 +127,7 @@ func (e *Engine) ListKeys(ctx context.Context, in ListKeysInput) (keys []KeyMeta
 			return nil, 0, err
 		}
 		if row, there := asOf(rows[i], now); there {
-			keys = append(keys, metadataOf(&row))
+			keys = append(keys, e.describe(&row))
 		}
 	}
 	return keys, total, nil
@@ -163,7 +179,17 @@ func (e *Engine) CancelKeyDeletion(ctx context.Context, keyID string) error {
 // Only the same material can be imported again. It is no error if there is
 // none.
 func (e *Engine) DeleteKeyMaterial(ctx context.Context, keyID string) error {
-	return e.change(ctx, keyID, opDeleteMaterial, dropMaterial)
+	if err := e.change(ctx, keyID, opDeleteMaterial, dropMaterial); err != nil {
+		return err
+	}
+	if !slices.Contains(e.custodies, hsm.Resident) {
+		return nil
+	}
+	// The row is rid of it. It goes from the token now, or with the next sweep.
+	if err := e.sweepResidents(ctx, e.second()); err != nil {
+		e.log.LogAttrs(ctx, slog.LevelError, "deleted key material is still in the token", slog.Any("error", err))
+	}
+	return nil
 }
 
 // maxConflicts bounds how often a change starts over because someone else
@@ -220,7 +246,7 @@ func (e *Engine) commitRow(ctx context.Context, row store.Key, shortened bool, e
 		return err
 	}
 	finish(update.Receipt, &row)
-	update.Key = row
+	update.Key, update.Holding = row, holdingOf(&row)
 	err := e.detach(ctx, func(ctx context.Context) error {
 		err := e.store.UpdateKey(ctx, update)
 		e.cache.drop(row.KeyID, row.KeyVersionID)

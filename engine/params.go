@@ -90,10 +90,19 @@ func (e *Engine) GetParametersForImport(
 	if err := e.checkOffer(WrappingOffer{spec, alg}); err != nil {
 		return ImportParameters{}, err
 	}
-	if _, err := e.currentRow(ctx, keyRef{id: keyID}); err != nil {
+	row, err := e.currentRow(ctx, keyRef{id: keyID})
+	if err != nil {
 		return ImportParameters{}, err
 	}
-	bound, pair, err := e.bindPair(ctx, keyID, WrappingOffer{spec, alg})
+	custody := custodyOf(&row)
+	if !slices.Contains(e.custodies, custody) {
+		return ImportParameters{}, &Error{Kind: UnsupportedOp, Hint: fmt.Sprintf("the key's material is to be %s, and is not kept so here", custody)}
+	}
+	if custody != e.custodies[0] {
+		e.bothPools.Store(true)
+	}
+	kind := kindOf(spec, custody)
+	bound, pair, err := e.bindPair(ctx, keyID, WrappingOffer{kind, alg})
 	if err != nil {
 		return ImportParameters{}, err
 	}
@@ -103,7 +112,7 @@ func (e *Engine) GetParametersForImport(
 		pair:        pair.ID,
 		fingerprint: pair.Fingerprint,
 		algorithm:   alg,
-		spec:        spec,
+		spec:        kind,
 		issuedAt:    bound.IssuedAt,
 		expiresAt:   bound.ExpiresAt,
 	}
@@ -159,7 +168,7 @@ func (e *Engine) pairOf(ctx context.Context, row *store.Pair) (hsm.PairInfo, err
 	if err != nil {
 		return hsm.PairInfo{}, err
 	}
-	if info.Fingerprint != row.Fingerprint || string(info.Spec) != row.Spec || string(info.Algorithm) != row.Algorithm {
+	if info.Fingerprint != row.Fingerprint || string(kindOf(info.Spec, info.Custody)) != row.Spec || string(info.Algorithm) != row.Algorithm {
 		return hsm.PairInfo{}, fmt.Errorf("%w: the pair's fingerprint, spec or algorithm is not the stored one", hsm.ErrUntrusted)
 	}
 	return info, nil

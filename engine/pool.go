@@ -131,7 +131,7 @@ func (e *Engine) fill(ctx context.Context) (idle bool, err error) {
 	for _, c := range counts {
 		ready[WrappingOffer{hsm.PairSpec(c.Spec), hsm.Algorithm(c.Algorithm)}] = c.Ready
 	}
-	lacking := slices.DeleteFunc(slices.Clone(e.offers), func(o WrappingOffer) bool { return ready[o] >= e.pool.size })
+	lacking := slices.DeleteFunc(e.pooled(), func(o WrappingOffer) bool { return ready[o] >= e.pool.size })
 	slices.SortStableFunc(lacking, func(a, b WrappingOffer) int { return cmp.Compare(ready[a], ready[b]) })
 	if len(lacking) == 0 {
 		return true, nil
@@ -153,7 +153,12 @@ func (e *Engine) fill(ctx context.Context) (idle bool, err error) {
 // addPair makes a pair in the token and then its row. Without the row the pair
 // is destroyed again; if that fails too, the next start finds it.
 func (e *Engine) addPair(ctx context.Context, offer WrappingOffer) error {
-	info, err := e.token.GeneratePair(ctx, e.instance, e.second(), offer.Spec, offer.Algorithm)
+	generate := e.token.GeneratePair
+	spec, custody := ofKind(offer.Spec)
+	if custody == hsm.Resident {
+		generate = e.token.GenerateResidentPair
+	}
+	info, err := generate(ctx, e.instance, e.second(), spec, offer.Algorithm)
 	if err != nil {
 		return err
 	}
@@ -162,7 +167,7 @@ func (e *Engine) addPair(ctx context.Context, offer WrappingOffer) error {
 	defer cancel()
 	err = e.store.AddPair(ctx, store.Pair{
 		ID:          info.ID,
-		Spec:        string(info.Spec),
+		Spec:        string(offer.Spec),
 		Algorithm:   string(info.Algorithm),
 		Fingerprint: info.Fingerprint,
 		CreatedAt:   e.second(),
@@ -201,6 +206,18 @@ const (
 
 // reconcileInterval is how often the pairs of token and store are compared.
 const reconcileInterval = time.Hour
+
+// reconcile brings token and store together, at the start and now and then.
+func (e *Engine) reconcile(ctx context.Context) error {
+	if err := e.reconcilePairs(ctx); err != nil {
+		return err
+	}
+	if err := e.reconcileResidents(ctx); err != nil {
+		return err
+	}
+	e.reconciled = e.second()
+	return nil
+}
 
 // reconcilePairs brings token and store together, at the start, after whatever
 // ended the last run, and now and then: pairs of this store that have no row,
@@ -243,7 +260,6 @@ func (e *Engine) reconcilePairs(ctx context.Context) error {
 			return storeError(err)
 		}
 	}
-	e.reconciled = now
 	return nil
 }
 
@@ -256,7 +272,7 @@ func (e *Engine) reconcilePair(ctx context.Context, row *store.Pair, there bool,
 			slog.String("pair", pairName(row.ID)))
 		return e.store.DeletePair(ctx, row.ID)
 	}
-	offered := slices.Contains(e.offers, WrappingOffer{hsm.PairSpec(row.Spec), hsm.Algorithm(row.Algorithm)})
+	offered := e.makesPairs(WrappingOffer{hsm.PairSpec(row.Spec), hsm.Algorithm(row.Algorithm)})
 	if offered && now.Sub(row.CreatedAt) < maxReady || !row.BoundAt.IsZero() {
 		return nil
 	}

@@ -39,7 +39,11 @@ func encodeRow(row *store.Key) []byte {
 	b = appendTime(b, row.ExpireAt)
 	b = appendField(b, row.WrappingAlgorithm)
 	b = appendField(b, row.PairID)
-	return appendField(b, row.PairFingerprint)
+	b = appendField(b, row.PairFingerprint)
+	if row.Custody == "" { // as all rows were once
+		return b
+	}
+	return appendField(b, row.Custody)
 }
 
 // authenticated is what the MAC of a row is over: encodeRow, or, of a row with a
@@ -188,6 +192,7 @@ func metadataOf(row *store.Key) KeyMetadata {
 		CreatedAt:    row.CreatedAt,
 		DeleteAt:     row.DeleteAt,
 		ExpireAt:     row.ExpireAt,
+		Custody:      custodyOf(row),
 		CheckValue:   hsm.CheckValue{Algorithm: row.CheckValueAlgorithm},
 	}
 	copy(m.MaterialID[:], row.MaterialID)

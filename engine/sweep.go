@@ -62,13 +62,14 @@ func (e *Engine) sweep(ctx context.Context) error {
 	}
 	var reconciled error
 	if now.Sub(e.reconciled) >= reconcileInterval {
-		reconciled = e.reconcilePairs(ctx)
+		reconciled = e.reconcile(ctx)
 	}
 	return errors.Join(
 		own,
 		reconciled,
 		e.sweepKeys(ctx, now),
 		e.sweepPairs(ctx, now),
+		e.sweepResidents(ctx, now),
 		e.store.DeleteNonces(ctx, now),
 		e.sweepLog(ctx, now),
 	)

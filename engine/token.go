@@ -36,7 +36,7 @@ type importToken struct {
 	pair        hsm.PairID
 	fingerprint hsm.Fingerprint
 	algorithm   hsm.Algorithm
-	spec        hsm.PairSpec
+	spec        hsm.PairSpec // of the pair, and its custody: see kindOf
 	issuedAt    time.Time
 	expiresAt   time.Time
 }

@@ -38,6 +38,7 @@ const (
 type CreateKeyInput struct {
 	Spec        KeySpec // "": AliyunAES256
 	Description string
+	Custody     hsm.Custody // 0: Config.Custody. The CMK has it for ever.
 }
 
 // KeyMetadata is what may be known of a CMK. Absent times are zero.
@@ -50,6 +51,11 @@ type KeyMetadata struct {
 	CreatedAt    time.Time
 	DeleteAt     time.Time // only in PendingDeletion
 	ExpireAt     time.Time // of the material; zero: never, or no material
+	Custody      hsm.Custody
+
+	// MaterialLost: the token was found not to have the CMK's resident material
+	// any more. The same material can be imported again.
+	MaterialLost bool
 
 	// Identity of the material, kept for ever after the first import; the
 	// zero MaterialID before it.

@@ -34,6 +34,8 @@ say "all tests on the distribution's SoftHSM2, $(softhsm/deps.sh --module)"
 if [ -n "$built" ]; then
   say "the tests that open tokens again, on ours with SM2 and SM4, $ours"
   KEYFERRY_SOFTHSM_MODULE=$ours "$go" test "$@" "${tokens[@]}" || failed=yes
+  say "the tests of the engine again, on ours, with key material that stays in the token"
+  KEYFERRY_CUSTODY=resident KEYFERRY_SOFTHSM_MODULE=$ours "$go" test "$@" ./engine || failed=yes
 else
   say "NOT RUN: the tests of SM2, SM4 and RSAES_OAEP_SHA_256, for the SoftHSM2 that has them could not be built (see above)"
 fi

@@ -31,7 +31,11 @@ type config struct {
 	Vault          vaultConfig `yaml:"vault,omitempty"`
 	Store          storeConfig `yaml:"store"`
 	Pairs          pairsConfig `yaml:"wrapping_pairs,omitempty"`
-	Log            logConfig   `yaml:"log,omitempty"`
+	// Custody of keys that do not ask for one (KeyStorageMechanism): sealed (the
+	// default), or resident, for key material that must never be extractable.
+	Custody  string         `yaml:"custody,omitempty"`
+	Resident residentConfig `yaml:"resident,omitempty"`
+	Log      logConfig      `yaml:"log,omitempty"`
 
 	Metrics metricsConfig `yaml:"metrics,omitempty"`
 }
@@ -146,6 +150,20 @@ type pairsConfig struct {
 // API is: whoever reaches it reads how many keys there are and what fails.
 type metricsConfig struct {
 	Listen string `yaml:"listen,omitempty"` // host:port, plain HTTP
+}
+
+// residentConfig is about key material that is kept as objects of the token.
+type residentConfig struct {
+	Limit int  `yaml:"limit,omitempty"` // of objects; 0: 2,000
+	Only  bool `yaml:"only,omitempty"`  // refuse sealed keys, where custody is resident
+}
+
+// custody is what Custody names. The configuration is valid.
+func (c *config) custody() hsm.Custody {
+	if c.Custody == hsm.Resident.String() {
+		return hsm.Resident
+	}
+	return hsm.Sealed
 }
 
 type logConfig struct {

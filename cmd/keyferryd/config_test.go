@@ -92,6 +92,8 @@ token: {sessions: -1}
 wrapping_pairs: {specs: [RSA_1024], ready: -1}
 log: {level: loud, format: xml}
 metrics: {listen: somewhere}
+custody: kept
+resident: {limit: -1, only: true}
 `))
 	require.NoError(t, err)
 	text := cfg.validate().Error()
@@ -100,6 +102,7 @@ metrics: {listen: somewhere}
 		`run "keyferryd init"`, "store.sqlite is missing", `"one" is there twice`, "access_keys[2] needs id and secret_file",
 		"region is part of ARNs", "RSA_1024", "token.sessions is negative", "wrapping_pairs.ready is negative", "log.level", "log.format",
 		"metrics.listen must be host:port",
+		`custody: "kept"`, "resident.limit is negative", "resident.only needs",
 	} {
 		require.Contains(t, text, says)
 	}

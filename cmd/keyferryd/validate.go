@@ -42,10 +42,17 @@ func (c *config) validate() error {
 	}
 	for name, value := range map[string]int{
 		"token.sessions": c.Token.Sessions, "wrapping_pairs.ready": c.Pairs.Ready, "wrapping_pairs.outstanding": c.Pairs.Outstanding,
+		"resident.limit": c.Resident.Limit,
 	} {
 		if value < 0 {
 			errs = append(errs, fmt.Errorf("%s is negative", name))
 		}
+	}
+	if !slices.Contains([]string{"", hsm.Sealed.String(), hsm.Resident.String()}, c.Custody) {
+		errs = append(errs, fmt.Errorf("custody: %q is neither sealed nor resident", c.Custody))
+	}
+	if c.Resident.Only && c.custody() != hsm.Resident {
+		errs = append(errs, errors.New("resident.only needs custody: resident"))
 	}
 	if _, err := c.Log.level(); err != nil {
 		errs = append(errs, err)

@@ -58,7 +58,7 @@ func TestCreateKeyRefuses(t *testing.T) {
 		"tags":               {"InvalidParameter", params("Origin", "EXTERNAL", "Tags", `[{"TagKey":"a","TagValue":"b"}]`), "Tags"},
 		"policy":             {"InvalidParameter", params("Origin", "EXTERNAL", "Policy", `{}`), "Policy"},
 		"instance":           {"InvalidParameter", params("Origin", "EXTERNAL", "DKMSInstanceId", "kst-1"), "DKMSInstanceId"},
-		"storage":            {"InvalidParameter", params("Origin", "EXTERNAL", "KeyStorageMechanism", "HsmInternal"), "KeyStorageMechanism"},
+		"storage":            {"InvalidParameter", params("Origin", "EXTERNAL", "KeyStorageMechanism", "hsm"), "KeyStorageMechanism"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s := newService(t)
@@ -66,6 +66,16 @@ func TestCreateKeyRefuses(t *testing.T) {
 			require.Contains(t, fmt.Sprint(fields["Recommend"]), c.says)
 			require.Empty(t, s.engine.calls)
 		})
+	}
+}
+
+func TestCreateKeyStorage(t *testing.T) {
+	for mechanism, custody := range map[string]hsm.Custody{"": 0, "HsmInternal": hsm.Resident, "HsmEncryptedDatabase": hsm.Sealed} {
+		s := newService(t)
+		s.engine.metadata = engine.KeyMetadata{KeyID: keyID}
+		status, _ := s.do(t, "CreateKey", params("Origin", "EXTERNAL", "KeyStorageMechanism", mechanism))
+		require.Equal(t, 200, status)
+		require.Equal(t, engine.CreateKeyInput{Custody: custody}, s.engine.last)
 	}
 }
 

@@ -81,6 +81,7 @@ var kinds = map[engine.Kind]failure{
 	engine.KeyDisabled:        {status: 409, code: "Rejected.Disabled", message: "The request was rejected because the key state is Disabled."},
 	engine.KeyPendingDeletion: {status: 409, code: "Rejected.PendingDeletion", message: "The request was rejected because the key state is PendingDeletion."},
 	engine.KeyPendingImport:   {status: 409, code: "Rejected.PendingImport", message: "The request was rejected because the key state is PendingImport."},
+	engine.MaterialLost:       {status: 409, code: "Rejected.PendingImport", message: "The request was rejected because the key state is PendingImport."},
 	engine.Unavailable:        {status: 503, code: "ServiceUnavailableTemporary", message: "Service Unavailable Temporary."},
 	engine.Internal:           {status: 500, code: "InternalFailure", message: "Internal Failure."},
 }

@@ -66,7 +66,6 @@ var unsupported = []struct {
 }{
 	{"DKMSInstanceId", nil},
 	{"EnableAutomaticRotation", []string{"false"}},
-	{"KeyStorageMechanism", nil},
 	{"Policy", nil},
 	{"Recipient", nil},
 	{"RotationInterval", nil},

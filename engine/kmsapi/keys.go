@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 
 	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/hsm"
 )
 
 // What is the same for every key of this server.
@@ -15,6 +16,12 @@ const (
 	creatorType      = "User"
 	rotationDisabled = "Disabled"
 )
+
+// storageMechanisms are the values of KeyStorageMechanism.
+var storageMechanisms = map[string]hsm.Custody{
+	"HsmInternal":          hsm.Resident,
+	"HsmEncryptedDatabase": hsm.Sealed,
+}
 
 // keyMetadata is KeyMetadata of the API, every field a string. The last three
 // are Keyferry's own: what a customer compares with what was wrapped.
@@ -100,6 +107,13 @@ func (h *Handler) createKey(ctx context.Context, in *input) (body, error) {
 		in.fail(invalid("ProtectionLevel", "ProtectionLevel must be %s", protectionLevel))
 	}
 	create := engine.CreateKeyInput{Spec: engine.KeySpec(in.optional("KeySpec")), Description: in.optional("Description")}
+	if mechanism := in.optional("KeyStorageMechanism"); mechanism != "" {
+		custody, known := storageMechanisms[mechanism]
+		if !known {
+			in.fail(invalid("KeyStorageMechanism", "KeyStorageMechanism is HsmInternal or HsmEncryptedDatabase"))
+		}
+		create.Custody = custody
+	}
 	if in.err != nil {
 		return nil, in.err
 	}

@@ -1,0 +1,327 @@
+package engine_test
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stretchr/testify/require"
+
+	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/engine/store"
+	"github.com/keyferry/keyferry/hsm"
+	"github.com/keyferry/keyferry/hsm/hsmtest"
+)
+
+// newResidentHouse is a house whose CMKs are resident.
+func newResidentHouse(t *testing.T, settings ...func(*house)) *house {
+	t.Helper()
+	if err := plainToken().Keeps(hsm.Resident, hsm.AES256); err != nil {
+		t.Skipf("no resident key material on this token, but on that of \"make softhsm\": %v", err)
+	}
+	return newHouse(t, append([]func(*house){with(func(c *engine.Config) { c.Custody = hsm.Resident })}, settings...)...)
+}
+
+// requireHeld requires that token and journal hold exactly the material of n
+// CMKs, once the sweep has been there.
+func (h *house) requireHeld(t *testing.T, n int) {
+	t.Helper()
+	require.NoError(t, h.Sweep(t.Context()))
+	entries, err := h.store.Residents(t.Context(), time.Time{}, 0)
+	require.NoError(t, err)
+	objects := h.residents(t)
+	require.Len(t, entries, n)
+	require.Len(t, objects, n)
+	for _, r := range entries {
+		require.Equal(t, store.ResidentKept, r.State)
+		require.Contains(t, ids(objects), hsm.ObjectID(r.ID))
+	}
+}
+
+func ids(objects []hsm.ResidentObject) (out []hsm.ObjectID) {
+	for _, o := range objects {
+		out = append(out, o.ID)
+	}
+	return out
+}
+
+func TestResidentIsRefusedByName(t *testing.T) {
+	ctx := t.Context()
+	h := newHouse(t, with(func(c *engine.Config) { c.Custody = hsm.Sealed }))
+	_, err := h.CreateKey(ctx, engine.CreateKeyInput{Spec: engine.AliyunSM4, Custody: hsm.Resident})
+	require.Contains(t, requireKind(t, engine.UnsupportedOp, err).Hint, "SM4")
+	_, err = h.CreateKey(ctx, engine.CreateKeyInput{Custody: hsm.Resident})
+	cfg := h.cfg
+	cfg.Custody = hsm.Resident
+	if plainToken().Keeps(hsm.Resident, hsm.AES256) == nil {
+		require.NoError(t, err)
+		cfg.OnlyCustody = true
+		e, err := engine.New(ctx, cfg)
+		require.NoError(t, err)
+		_, err = e.CreateKey(ctx, engine.CreateKeyInput{Custody: hsm.Sealed})
+		requireKind(t, engine.UnsupportedOp, err)
+		require.NoError(t, e.Close())
+		return
+	}
+	require.Contains(t, requireKind(t, engine.UnsupportedOp, err).Hint, "CKA_VALUE_LEN")
+	_, err = engine.New(ctx, cfg)
+	require.Contains(t, requireKind(t, engine.UnsupportedOp, err).Hint, "CKA_VALUE_LEN")
+}
+
+func TestResidentLife(t *testing.T) {
+	ctx := t.Context()
+	h := newResidentHouse(t, withPairs(8))
+	keyID, material := h.enabledKey(t)
+	require.Equal(t, hsm.Resident, h.describe(t, keyID).Custody)
+	blob := h.encrypt(t, keyID, "text")
+	h.requireHeld(t, 1)
+	first := h.residents(t)[0].ID
+
+	h.importInto(t, keyID, material)
+	h.requireHeld(t, 1)
+	require.NotEqual(t, first, h.residents(t)[0].ID, "another object has taken its place")
+	h.requireDecrypts(t, blob, "text")
+	h.restart(t)
+	h.requireDecrypts(t, blob, "text")
+
+	_, err := h.ImportKeyMaterial(ctx, input(t, h.parameters(t, keyID), randomBytes(32)))
+	requireKind(t, engine.InvalidKeyMaterial, err)
+	for _, n := range []int{16, 24, 31, 33} {
+		_, err := h.ImportKeyMaterial(ctx, input(t, h.parameters(t, keyID), randomBytes(n)))
+		requireKind(t, engine.InvalidKeyMaterial, err)
+	}
+	require.Len(t, h.residents(t), 1, "what is refused is destroyed at once")
+	h.requireHeld(t, 1)
+
+	require.NoError(t, h.DeleteKeyMaterial(ctx, keyID))
+	require.Empty(t, h.residents(t), "when DeleteKeyMaterial returns it is gone")
+	h.requireHeld(t, 0)
+	_, err = h.Decrypt(ctx, blob, nil)
+	requireKind(t, engine.KeyPendingImport, err)
+
+	in := input(t, h.parameters(t, keyID), material)
+	in.ExpireAt = h.clock.in(time.Hour)
+	_, err = h.ImportKeyMaterial(ctx, in)
+	require.NoError(t, err)
+	h.requireDecrypts(t, blob, "text")
+	h.clock.advance(2 * time.Hour)
+	h.requireHeld(t, 0)
+
+	h.importInto(t, keyID, material)
+	require.NoError(t, h.ScheduleKeyDeletion(ctx, keyID, 7))
+	h.requireHeld(t, 1)
+	h.clock.advance(8 * 24 * time.Hour)
+	h.requireHeld(t, 0)
+}
+
+// An import token of one custody is of no use to a CMK of the other.
+func TestCustodiesDoNotMix(t *testing.T) {
+	ctx := t.Context()
+	h := newResidentHouse(t)
+	resident := h.newKey(t, engine.AliyunAES256)
+	sealed, err := h.CreateKey(ctx, engine.CreateKeyInput{Custody: hsm.Sealed})
+	require.NoError(t, err)
+	mine, theirs := h.parameters(t, resident), h.parameters(t, sealed.KeyID)
+	for _, c := range []struct{ to, of engine.ImportParameters }{{mine, theirs}, {theirs, mine}} {
+		in := input(t, c.of, randomBytes(32))
+		in.KeyID = c.to.KeyID
+		_, err := h.ImportKeyMaterial(ctx, in)
+		requireKind(t, engine.InvalidImportToken, err)
+		// Nor with a MAC that whoever has the PIN can make.
+		in.ImportToken, err = h.Forge(ctx, c.of.ImportToken, func(f *engine.Forgery) { f.KeyID = c.to.KeyID })
+		require.NoError(t, err)
+		_, err = h.ImportKeyMaterial(ctx, in)
+		requireKind(t, engine.InvalidImportToken, err)
+	}
+	h.requireHeld(t, 0)
+	h.importInto(t, sealed.KeyID, randomBytes(32))
+	h.requireHeld(t, 0)
+	require.Equal(t, hsm.Sealed, h.describe(t, sealed.KeyID).Custody)
+}
+
+func TestResidentLimit(t *testing.T) {
+	ctx := t.Context()
+	log, logger := newLog()
+	h := newResidentHouse(t, withPairs(8), with(func(c *engine.Config) { c.ResidentLimit, c.Logger = 2, logger }))
+	first, material := h.enabledKey(t)
+	h.enabledKey(t)
+	third := h.newKey(t, engine.AliyunAES256)
+	_, err := h.ImportKeyMaterial(ctx, input(t, h.parameters(t, third), randomBytes(32)))
+	requireKind(t, engine.LimitExceeded, err)
+	require.Contains(t, log.String(), "as much key material as it may")
+	h.requireHeld(t, 2)
+	h.importInto(t, first, material) // one takes the place of another
+	h.requireHeld(t, 2)
+	require.NoError(t, h.DeleteKeyMaterial(ctx, first))
+	h.importInto(t, third, randomBytes(32))
+	h.restart(t)
+	require.Contains(t, log.String(), "nearly full")
+}
+
+// Material that somebody destroyed in the token is missed, and can come back.
+func TestResidentLost(t *testing.T) {
+	ctx := t.Context()
+	log, logger := newLog()
+	h := newResidentHouse(t, withPairs(8), with(func(c *engine.Config) { c.Logger = logger }))
+	keyID, material := h.enabledKey(t)
+	blob := h.encrypt(t, keyID, "text")
+	h.destroyResidents(t)
+	_, err := h.Encrypt(ctx, keyID, []byte("x"), nil)
+	requireKind(t, engine.MaterialLost, err)
+	_, err = h.Decrypt(ctx, blob, nil)
+	requireKind(t, engine.MaterialLost, err)
+	require.True(t, h.describe(t, keyID).MaterialLost)
+	require.Contains(t, log.String(), keyID)
+	h.restart(t)
+	require.True(t, h.describe(t, keyID).MaterialLost, "found out at the start")
+	h.importInto(t, keyID, material)
+	require.False(t, h.describe(t, keyID).MaterialLost)
+	h.requireDecrypts(t, blob, "text")
+	h.requireHeld(t, 1)
+}
+
+// Objects of this store that neither a row nor the journal knows go when they
+// are old; those of other stores, and young ones, stay.
+func TestResidentOrphans(t *testing.T) {
+	ctx := t.Context()
+	h := newResidentHouse(t)
+	h.enabledKey(t)
+	token := h.cfg.Token
+	pair, err := token.GenerateResidentPair(ctx, h.instance, h.clock.Now(), hsm.RSA2048, hsm.OAEPSHA1)
+	require.NoError(t, err)
+	plant := func(instance string, age time.Duration) {
+		params := engine.ImportParameters{PublicKey: pair.SPKI}
+		req := hsm.ResidentRequest{Instance: instance, Now: h.clock.Now().Add(-age), ImportRequest: hsm.ImportRequest{
+			Pair: pair.ID, Algorithm: hsm.OAEPSHA1, Spec: hsm.AES256, Context: []byte("nobody"),
+			Wrapped: input(t, params, randomBytes(32)).EncryptedKeyMaterial,
+		}}
+		copy(req.ID[:], randomBytes(16))
+		_, err := token.ImportResident(ctx, req)
+		require.NoError(t, err)
+	}
+	const stranger = "fedcba9876543210"
+	plant(h.instance, time.Hour)
+	plant(h.instance, time.Minute)
+	plant(stranger, time.Hour)
+	h.restart(t)
+	require.Len(t, h.residents(t), 2, "the old one is gone")
+	h.clock.advance(time.Hour)
+	h.requireHeld(t, 1)
+	others, err := token.Residents(ctx, stranger)
+	require.NoError(t, err)
+	require.Len(t, others, 1)
+	require.NoError(t, token.DestroyResident(ctx, stranger, others[0].ID))
+}
+
+// mortal lets a process die at one of its writes: from then on neither the
+// store nor the token does anything for it.
+type mortal struct {
+	store.Store
+	die func() // what else dies
+
+	mu         sync.Mutex
+	left       int // writes until death; -1: immortal
+	tookEffect bool
+	dead       bool
+}
+
+func (m *mortal) write(do func() error) error {
+	m.mu.Lock()
+	fatal := m.left == 0 && !m.dead
+	if m.left > 0 {
+		m.left--
+	}
+	m.dead = m.dead || fatal
+	dead := m.dead
+	m.mu.Unlock()
+	if fatal {
+		if m.tookEffect {
+			_ = do()
+		}
+		m.die()
+	}
+	if dead {
+		return store.ErrUnavailable
+	}
+	return do()
+}
+
+func (m *mortal) AddResident(ctx context.Context, r store.Resident, limit int) error {
+	return m.write(func() error { return m.Store.AddResident(ctx, r, limit) })
+}
+
+func (m *mortal) UpdateKey(ctx context.Context, u store.Update) error {
+	return m.write(func() error { return m.Store.UpdateKey(ctx, u) })
+}
+
+func (m *mortal) CondemnResident(ctx context.Context, id [16]byte) error {
+	return m.write(func() error { return m.Store.CondemnResident(ctx, id) })
+}
+
+func (m *mortal) RemoveResidents(ctx context.Context, list [][16]byte) error {
+	return m.write(func() error { return m.Store.RemoveResidents(ctx, list) })
+}
+
+// Whatever a process was about when it died, the next one ends with the
+// material of every answered import, of no other, and with no orphan.
+func TestResidentDeath(t *testing.T) {
+	if err := plainToken().Keeps(hsm.Resident, hsm.AES256); err != nil {
+		t.Skipf("no resident key material on this token, but on that of \"make softhsm\": %v", err)
+	}
+	const deviceRemoved = 0x32
+	cfg := tokenConfig()
+	token := openShared(cfg)
+	tap := hsmtest.On(t, cfg.Module)
+	for _, what := range []string{"import", "refused import", "re-import", "delete"} {
+		for n := range 3 {
+			for _, tookEffect := range []bool{false, true} {
+				t.Run(fmt.Sprintf("%s/%d/%t", what, n, tookEffect), func(t *testing.T) {
+					ctx := context.Background()
+					m := &mortal{left: -1, tookEffect: tookEffect, die: func() { tap.Inject(hsmtest.Fault{RV: deviceRemoved, Times: -1}) }}
+					h := newHouse(t, withToken(token), withPairs(8), with(func(c *engine.Config) { c.Custody = hsm.Resident }),
+						withStore(func(s store.Store) store.Store { m.Store = s; return m }))
+					keyID, material := h.newKey(t, engine.AliyunAES256), randomBytes(32)
+					if what != "import" {
+						h.importInto(t, keyID, material)
+					}
+					if what == "refused import" {
+						material = randomBytes(32)
+					}
+					in := input(t, h.parameters(t, keyID), material)
+					m.mu.Lock()
+					m.left = n
+					m.mu.Unlock()
+					var err error
+					ctx, cancel := context.WithTimeout(ctx, time.Second)
+					defer cancel()
+					if what == "delete" {
+						err = h.DeleteKeyMaterial(ctx, keyID)
+					} else {
+						_, err = h.ImportKeyMaterial(ctx, in)
+					}
+					tap.Heal()
+					m.mu.Lock()
+					m.left, m.dead = -1, false
+					m.mu.Unlock()
+					h.restart(t)
+					h.clock.advance(time.Hour)
+					state := h.describe(t, keyID).State
+					held := 0
+					if state == engine.Enabled {
+						held = 1
+						h.encrypt(t, keyID, "x")
+					}
+					h.requireHeld(t, held)
+					switch {
+					case what == "delete" && err == nil:
+						require.Equal(t, engine.PendingImport, state)
+					case what == "re-import", what == "refused import", err == nil:
+						require.Equal(t, engine.Enabled, state)
+					}
+				})
+			}
+		}
+	}
+}
