@@ -269,7 +269,7 @@ func TestConfigIsChecked(t *testing.T) {
 // new row, and one more for each row and import token that this process has not
 // seen before; nothing to the use of an open key.
 func TestCallsOfTheToken(t *testing.T) {
-	h := newHouse(t)
+	h := newHouse(t, sealed)
 	keyID, material := h.enabledKey(t)
 	h.waitForPairs(t, 1)
 	in := input(t, h.parameters(t, keyID), material)
@@ -367,7 +367,7 @@ func TestNothingLeaks(t *testing.T) {
 	token, err := hsm.Open(t.Context(), cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, token.Close()) })
-	h := newHouse(t, withToken(token), with(func(c *engine.Config) { c.CacheSize, c.FailureBudget = 3, 1000 }))
+	h := newHouse(t, withToken(token), sealed, with(func(c *engine.Config) { c.CacheSize, c.FailureBudget = 3, 1000 }))
 	var customers []*customer
 	for range 6 {
 		customers = append(customers, newCustomer(t, h))
@@ -445,7 +445,7 @@ func TestEveryCallOfAnImportFails(t *testing.T) {
 	on := softhsm.New(t, softhsm.WithKeys())
 	tap := hsmtest.On(t, on.Module)
 	token := on.Open(t)
-	h := newHouse(t, withToken(token), with(func(c *engine.Config) { c.FailureBudget = 1 }))
+	h := newHouse(t, withToken(token), sealed, with(func(c *engine.Config) { c.FailureBudget = 1 }))
 	keyID, material := h.newKey(t, engine.AliyunAES256), randomBytes(32)
 	params := h.parameters(t, keyID)
 	h.waitForPairs(t, 1)

@@ -155,6 +155,10 @@ func withToken(token *hsm.Token) func(*house) {
 	return with(func(c *engine.Config) { c.Token = token })
 }
 
+// sealed is for tests of the calls that sealing makes, in whatever custody the
+// others are.
+var sealed = with(func(c *engine.Config) { c.Custody = hsm.Sealed })
+
 // withStore puts something between the engine and its database.
 func withStore(between func(store.Store) store.Store) func(*house) {
 	return func(h *house) { h.between = between }
