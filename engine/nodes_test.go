@@ -34,7 +34,8 @@ func newDatabase(t *testing.T) (*pgtest.Server, string) {
 	name, err := server.Database(context.Background())
 	require.NoError(t, err)
 	t.Cleanup(func() { server.Release(name) })
-	return server, server.DSN(name)
+	dsn := server.DSN(name)
+	return server, dsn
 }
 
 // node is one of several engines on one database and one token.

@@ -28,7 +28,8 @@ const (
 	lockTable    = "keyferry_schema_lock"
 )
 
-// SchemaError: the database is not of the schema of this program.
+// SchemaError is the answer of a database that is not of the schema of this
+// program.
 type SchemaError struct {
 	Have, Want int64 // versions; Have is 0 where there is no schema at all
 }

@@ -40,7 +40,7 @@ func TestConfig(t *testing.T) {
 // anybody.
 func TestInsecure(t *testing.T) {
 	for dsn, refused := range map[string]bool{
-		"postgres://db.invalid/keyferry":                                    true, // sslmode=prefer
+		"postgres://db.invalid/keyferry":                                    true, // the default prefers TLS
 		"postgres://db.invalid/keyferry?sslmode=disable":                    true,
 		"postgres://db.invalid/keyferry?sslmode=require":                    true,
 		"postgres://localhost,db.invalid/keyferry?sslmode=allow":            true,

@@ -9,10 +9,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"os/user"
@@ -92,7 +93,10 @@ func Start(settings ...string) (_ *Server, err error) {
 		"--no-sync", "--no-instructions").CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("pgtest: initdb: %w: %s", err, out)
 	}
-	return s, s.Restart()
+	if err := s.Restart(); err != nil {
+		return nil, err
+	}
+	return s, nil
 }
 
 // nobody is an ordinary user of every machine.
@@ -264,10 +268,16 @@ func (s *Server) empty(ctx context.Context, name string) error {
 		if tables, err = pgx.CollectRows(rows, pgx.RowTo[string]); err == nil {
 			_, err = c.Exec(ctx, fmt.Sprintf(`TRUNCATE %s; UPDATE instance SET boot = 0, name = '%016x';
 				UPDATE receipt_log SET size = 0, head = NULL, log_id = decode('%032x', 'hex')`,
-				strings.Join(tables, ", "), rand.Uint64(), rand.Uint64()))
+				strings.Join(tables, ", "), randomNumber(), randomNumber()))
 		}
 	}
 	return errors.Join(err, c.Close(ctx))
+}
+
+func randomNumber() uint64 {
+	var b [8]byte
+	rand.Read(b[:]) // never fails: crypto/rand
+	return binary.BigEndian.Uint64(b[:])
 }
 
 // EmptyDatabase makes a new database with nothing in it, and returns its name.
@@ -311,7 +321,7 @@ func findPrograms() (string, error) {
 	} else {
 		if _, file, _, ok := runtime.Caller(0); ok && filepath.IsAbs(file) {
 			root := filepath.Join(filepath.Dir(file), "..", "..", "..", "..")
-			patterns = append(patterns, filepath.Join(root, "build/deps/usr/lib/postgresql/*/bin"))
+			patterns = append(patterns, root+"/build/deps/usr/lib/postgresql/*/bin")
 		}
 		patterns = append(patterns, "/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin", "/usr/local/bin", "/usr/bin")
 	}
@@ -333,7 +343,7 @@ func findPrograms() (string, error) {
 // libraries is where the libraries of an unpacked PostgreSQL are, by the place
 // of its programs.
 func libraries(bin string) string {
-	dirs, err := filepath.Glob(filepath.Join(bin, "../../../*-linux-gnu*"))
+	dirs, err := filepath.Glob(bin + "/../../../*-linux-gnu*")
 	if err != nil {
 		return ""
 	}

@@ -2,6 +2,7 @@ package pgtest
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"net"
 	"sync"
@@ -38,7 +39,7 @@ func NewProxy(tb CleanupTB, server *Server, dsn string) (*Proxy, string) {
 		tb.Fatalf("pgtest: %v", err)
 	}
 	p := &Proxy{socket: server.Socket()}
-	if p.listener, err = net.Listen("tcp", "127.0.0.1:0"); err != nil {
+	if p.listener, err = (&net.ListenConfig{}).Listen(context.Background(), "tcp", "127.0.0.1:0"); err != nil {
 		tb.Fatalf("pgtest: %v", err)
 	}
 	p.ended.Go(p.serve)
@@ -56,7 +57,7 @@ func (p *Proxy) serve() {
 		if err != nil {
 			return
 		}
-		server, err := net.Dial("unix", p.socket)
+		server, err := (&net.Dialer{}).DialContext(context.Background(), "unix", p.socket)
 		if err != nil {
 			_ = client.Close()
 			continue
