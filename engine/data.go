@@ -48,13 +48,13 @@ func (k *openKey) associatedData(encryptionContext map[string]string) []byte {
 	return b
 }
 
-func checkContext(encryptionContext map[string]string) error {
+func checkContext(parameter string, encryptionContext map[string]string) error {
 	total := 0
 	for name, value := range encryptionContext {
 		total += len(name) + len(value)
 	}
 	if total > MaxEncryptionContext {
-		return invalid("EncryptionContext", "at most 8192 bytes of names and values")
+		return invalid(parameter, "at most 8192 bytes of names and values")
 	}
 	return nil
 }
@@ -73,7 +73,7 @@ func (e *Engine) Encrypt(
 	if err := checkKeyID(keyID); err != nil {
 		return Ciphertext{}, err
 	}
-	if err := checkContext(encryptionContext); err != nil {
+	if err := checkContext("EncryptionContext", encryptionContext); err != nil {
 		return Ciphertext{}, err
 	}
 	var out Ciphertext
@@ -96,7 +96,7 @@ func (e *Engine) Encrypt(
 // damaged, of an unknown key version or under another encryption context is
 // InvalidCiphertext and nothing more.
 func (e *Engine) Decrypt(ctx context.Context, blob []byte, encryptionContext map[string]string) (Plaintext, error) {
-	if err := checkContext(encryptionContext); err != nil {
+	if err := checkContext("EncryptionContext", encryptionContext); err != nil {
 		return Plaintext{}, err
 	}
 	if len(blob) <= versionLen+sealLen || len(blob) > versionLen+sealLen+MaxPlaintext {
@@ -120,6 +120,40 @@ func (e *Engine) Decrypt(ctx context.Context, blob []byte, encryptionContext map
 		return Plaintext{}, err
 	}
 	return out, nil
+}
+
+// ReEncrypt decrypts as Decrypt does and encrypts as Encrypt does, both in the
+// token, so that its caller never has the plaintext. The CMKs may be of
+// different specs, or the same one. All of the input is checked before anything
+// is decrypted; errors of a CMK's state are those of the first CMK that has one.
+func (e *Engine) ReEncrypt(ctx context.Context, in ReEncryptInput) (Ciphertext, error) {
+	if err := checkKeyID(in.KeyID); err != nil {
+		return Ciphertext{}, renamed(err, "DestinationKeyId")
+	}
+	if err := checkContext("SourceEncryptionContext", in.SourceContext); err != nil {
+		return Ciphertext{}, err
+	}
+	if err := checkContext("DestinationEncryptionContext", in.Context); err != nil {
+		return Ciphertext{}, err
+	}
+	opened, err := e.Decrypt(ctx, in.Blob, in.SourceContext)
+	if err != nil {
+		return Ciphertext{}, err
+	}
+	defer clear(opened.Plaintext)
+	return e.Encrypt(ctx, in.KeyID, opened.Plaintext, in.Context)
+}
+
+// renamed gives the parameter that an error is about the name by which it was
+// asked for.
+func renamed(err error, parameter string) error {
+	var ours *Error
+	if !errors.As(err, &ours) || ours.Parameter == "" {
+		return err
+	}
+	as := *ours
+	as.Parameter = parameter
+	return &as
 }
 
 // GenerateDataKey makes a random key in the token and encrypts it under a CMK

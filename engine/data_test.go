@@ -9,6 +9,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/hsm"
 )
 
 func TestEncryptAndDecrypt(t *testing.T) {
@@ -132,6 +133,89 @@ func TestDecryptHasOneAnswer(t *testing.T) {
 	_, err = h.Encrypt(t.Context(), string(blob[:36]), []byte("x"), nil)
 	requireKind(t, engine.KeyNotFound, err) // a key version is no key
 	h.requireDecrypts(t, blob, "secret")
+}
+
+// Between CMKs of every spec that the token can use, and within each.
+func TestReEncrypt(t *testing.T) {
+	h := newHouse(t)
+	var keyIDs []string
+	for _, spec := range []engine.KeySpec{engine.AliyunAES256, engine.AliyunSM4} {
+		h.route.spec = spec
+		keyID, _ := h.enabledKey(t)
+		if spec == engine.AliyunSM4 && h.cfg.Token.Usable(hsm.SM4) != nil {
+			_, err := h.ReEncrypt(t.Context(), engine.ReEncryptInput{Blob: h.encrypt(t, keyIDs[0], "x"), KeyID: keyID})
+			require.Contains(t, requireKind(t, engine.UnsupportedOp, err).Hint, "SM4")
+			continue
+		}
+		other, _ := h.enabledKey(t)
+		keyIDs = append(keyIDs, keyID, other)
+	}
+	sourceContext, context := map[string]string{"a": "b"}, map[string]string{"c": "d"}
+	for _, source := range keyIDs {
+		for _, keyID := range keyIDs {
+			for _, n := range []int{1, 32, engine.MaxPlaintext} {
+				plaintext := randomBytes(n)
+				old, err := h.Encrypt(t.Context(), source, plaintext, sourceContext)
+				require.NoError(t, err)
+				blob := bytes.Clone(old.Blob)
+				sealed, err := h.ReEncrypt(t.Context(), engine.ReEncryptInput{Blob: blob, SourceContext: sourceContext, KeyID: keyID, Context: context})
+				require.NoError(t, err)
+				require.Equal(t, old.Blob, blob)
+				require.Equal(t, h.describe(t, keyID).KeyVersionID, sealed.KeyVersionID)
+				require.Len(t, sealed.Blob, len(blob))
+
+				opened, err := h.Decrypt(t.Context(), sealed.Blob, context)
+				require.NoError(t, err)
+				require.Equal(t, engine.Plaintext{KeyID: keyID, KeyVersionID: sealed.KeyVersionID, Plaintext: plaintext}, opened)
+				_, err = h.Decrypt(t.Context(), sealed.Blob, sourceContext)
+				require.Equal(t, invalidCiphertext, err)
+			}
+		}
+	}
+}
+
+func TestReEncryptRefuses(t *testing.T) {
+	h := newHouse(t)
+	source, _ := h.enabledKey(t)
+	keyID, _ := h.enabledKey(t)
+	in := engine.ReEncryptInput{Blob: h.encrypt(t, source, "secret"), KeyID: keyID}
+	long := map[string]string{"a": strings.Repeat("v", engine.MaxEncryptionContext)}
+	for parameter, change := range map[string]func(*engine.ReEncryptInput){
+		"DestinationKeyId":             func(in *engine.ReEncryptInput) { in.KeyID = "no key" },
+		"SourceEncryptionContext":      func(in *engine.ReEncryptInput) { in.SourceContext = long },
+		"DestinationEncryptionContext": func(in *engine.ReEncryptInput) { in.Context = long },
+	} {
+		bad := in
+		change(&bad)
+		_, err := h.ReEncrypt(t.Context(), bad)
+		require.Equal(t, parameter, requireKind(t, engine.InvalidParameter, err).Parameter)
+	}
+	_, err := h.ReEncrypt(t.Context(), engine.ReEncryptInput{Blob: in.Blob})
+	require.Equal(t, "DestinationKeyId", requireKind(t, engine.MissingParameter, err).Parameter)
+	_, err = h.ReEncrypt(t.Context(), engine.ReEncryptInput{Blob: in.Blob, KeyID: "00000000-0000-4000-8000-000000000000"})
+	requireKind(t, engine.KeyNotFound, err)
+
+	// One answer to what does not decrypt, as Decrypt has it.
+	for i := range in.Blob {
+		damaged := in
+		damaged.Blob = bytes.Clone(in.Blob)
+		damaged.Blob[i] ^= 1
+		_, err := h.ReEncrypt(t.Context(), damaged)
+		require.Equal(t, invalidCiphertext, err, "byte %d", i)
+	}
+	wrong := in
+	wrong.SourceContext = map[string]string{"a": ""}
+	_, err = h.ReEncrypt(t.Context(), wrong)
+	require.Equal(t, invalidCiphertext, err)
+
+	// Either side must be of use, on its own.
+	require.NoError(t, h.DisableKey(t.Context(), keyID))
+	_, err = h.ReEncrypt(t.Context(), in)
+	requireKind(t, engine.KeyDisabled, err)
+	require.NoError(t, h.EnableKey(t.Context(), keyID))
+	require.NoError(t, h.DeleteKeyMaterial(t.Context(), source))
+	_, err = h.ReEncrypt(t.Context(), in)
+	requireKind(t, engine.KeyPendingImport, err)
 }
 
 // Contexts that look alike when they are written one after the other are not

@@ -62,6 +62,10 @@ var actions = []action{
 		_, err := h.Decrypt(tb.Context(), c.blob, nil)
 		return err
 	}, use},
+	{"ReEncrypt", func(tb testing.TB, h *house, c *customer) error {
+		_, err := h.ReEncrypt(tb.Context(), engine.ReEncryptInput{Blob: c.blob, KeyID: c.keyID})
+		return err
+	}, use},
 	{"GenerateDataKey", func(tb testing.TB, h *house, c *customer) error {
 		_, _, err := h.GenerateDataKey(tb.Context(), engine.DataKeyInput{KeyID: c.keyID})
 		return err

@@ -95,6 +95,15 @@ type DataKeyInput struct {
 	Context       map[string]string
 }
 
+// ReEncryptInput asks for what is encrypted in Blob to be encrypted under the
+// CMK KeyID. Each side has its own encryption context.
+type ReEncryptInput struct {
+	Blob          []byte
+	SourceContext map[string]string
+	KeyID         string
+	Context       map[string]string
+}
+
 // Ciphertext is what a use of a CMK answers.
 type Ciphertext struct {
 	KeyID        string

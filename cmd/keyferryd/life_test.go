@@ -110,6 +110,44 @@ func TestLifeByEveryClient(t *testing.T) {
 	require.NoError(t, s.stop())
 }
 
+// From one CMK to another, of every spec that the token has.
+func TestReEncryptByEveryClient(t *testing.T) {
+	t.Parallel()
+	s := sharedServer(t)
+	all := sdks(t, s.endpoint, readCredentials(t, s.dir))
+	keyIDs := make(map[string]string)
+	for _, v := range offered(t, s.client(t)) {
+		if v.algorithm != byok.OAEPSHA1 {
+			continue
+		}
+		keyID, _, err := all["v1"].createKey(v.keySpec)
+		require.NoError(t, err)
+		spki, token, err := all["v1"].parameters(keyID, v.pairSpec, v.algorithm)
+		require.NoError(t, err)
+		material := randomMaterial(byok.MaterialLen(v.keySpec))
+		require.NoError(t, all["v1"].importMaterial(keyID, wrapped(t, v.algorithm, spki, material), token, 0))
+		keyIDs[v.keySpec] = keyID
+	}
+	require.NotEmpty(t, keyIDs)
+	text := base64.StdEncoding.EncodeToString([]byte("moved"))
+	for _, name := range []string{"v1", "v1, XML", "tea", "tea, RPC", "tea-rpc (form)"} {
+		for sourceSpec, source := range keyIDs {
+			for spec, keyID := range keyIDs {
+				t.Run(name+"/"+sourceSpec+"/"+spec, func(t *testing.T) {
+					client := all[name]
+					blob, err := client.encrypt(source, text, nil)
+					require.NoError(t, err)
+					again, err := client.reEncrypt(blob, nil, keyID, map[string]string{"a": "1"})
+					require.NoError(t, err)
+					plaintext, by, err := client.decrypt(again, map[string]string{"a": "1"})
+					require.NoError(t, err)
+					require.Equal(t, []string{text, keyID}, []string{plaintext, by})
+				})
+			}
+		}
+	}
+}
+
 // Pairs of 3072 and 4096 bits are an extension: refused unless they are
 // configured, and then as good as the others.
 func TestLifeUnderLargerPairs(t *testing.T) {
@@ -202,6 +240,11 @@ func live(t *testing.T, client sdk, v voyage) {
 	_, _, err = client.decrypt(blob, map[string]string{"a": "1"})
 	refused(t, client, "InvalidParameter", err)
 	_, _, err = client.decrypt(blob, nil)
+	refused(t, client, "InvalidParameter", err)
+	again, err := client.reEncrypt(blob, encctx, keyID, map[string]string{"c": "3"})
+	require.NoError(t, err)
+	expectPlaintext(again, text, map[string]string{"c": "3"})
+	_, err = client.reEncrypt(blob, nil, keyID, encctx)
 	refused(t, client, "InvalidParameter", err)
 	data, dataKey, err := client.dataKey(keyID, 48)
 	require.NoError(t, err)

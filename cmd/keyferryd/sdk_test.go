@@ -35,6 +35,7 @@ type sdk interface {
 	deleteMaterial(keyID string) error
 	encrypt(keyID, plaintext string, encctx map[string]string) (blob string, err error)
 	decrypt(blob string, encctx map[string]string) (plaintext, keyID string, err error)
+	reEncrypt(blob string, encctx map[string]string, keyID string, to map[string]string) (again string, err error)
 	dataKey(keyID string, n int) (blob, plaintext string, err error)
 	dataKeyOnly(keyID string) (blob string, err error)
 	setEnabled(keyID string, enabled bool) error
@@ -137,6 +138,14 @@ func (s v1SDK) decrypt(blob string, encctx map[string]string) (plaintext, keyID 
 	r.CiphertextBlob, r.EncryptionContext = blob, jsonOf(encctx)
 	res, err := s.Decrypt(r)
 	return res.Plaintext, res.KeyId, err
+}
+
+func (s v1SDK) reEncrypt(blob string, encctx map[string]string, keyID string, to map[string]string) (string, error) {
+	r := v1.CreateReEncryptRequest()
+	s.to(r.RpcRequest)
+	r.CiphertextBlob, r.SourceEncryptionContext, r.DestinationKeyId, r.DestinationEncryptionContext = blob, jsonOf(encctx), keyID, jsonOf(to)
+	res, err := s.ReEncrypt(r)
+	return res.CiphertextBlob, err
 }
 
 func (s v1SDK) dataKey(keyID string, n int) (blob, plaintext string, err error) {
@@ -279,6 +288,16 @@ func (s teaSDK) decrypt(blob string, encctx map[string]string) (plaintext, keyID
 		return "", "", err
 	}
 	return *res.Body.Plaintext, *res.Body.KeyId, nil
+}
+
+func (s teaSDK) reEncrypt(blob string, encctx map[string]string, keyID string, to map[string]string) (string, error) {
+	res, err := s.ReEncrypt(&tea.ReEncryptRequest{
+		CiphertextBlob: &blob, SourceEncryptionContext: anyOf(encctx), DestinationKeyId: &keyID, DestinationEncryptionContext: anyOf(to),
+	})
+	if err != nil {
+		return "", err
+	}
+	return *res.Body.CiphertextBlob, nil
 }
 
 func (s teaSDK) dataKey(keyID string, n int) (blob, plaintext string, err error) {
@@ -440,6 +459,13 @@ func (s formSDK) decrypt(blob string, encctx map[string]string) (plaintext, keyI
 	var a formAnswer
 	err = s.call("Decrypt", &a, "CiphertextBlob", blob, "EncryptionContext", jsonOf(encctx))
 	return a.Plaintext, a.KeyID, err
+}
+
+func (s formSDK) reEncrypt(blob string, encctx map[string]string, keyID string, to map[string]string) (string, error) {
+	var a formAnswer
+	err := s.call("ReEncrypt", &a, "CiphertextBlob", blob, "SourceEncryptionContext", jsonOf(encctx),
+		"DestinationKeyId", keyID, "DestinationEncryptionContext", jsonOf(to))
+	return a.CiphertextBlob, err
 }
 
 func (s formSDK) dataKey(keyID string, n int) (blob, plaintext string, err error) {

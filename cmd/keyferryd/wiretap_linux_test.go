@@ -332,6 +332,7 @@ func (w *wiretap) live(t *testing.T, o *owner) {
 	require.NoError(t, o.call(ctx, "GenerateDataKey", map[string]string{"KeyId": o.keyID, "NumberOfBytes": "48"}, &out))
 	w.keepText(t, "data key", out.Plaintext)
 	require.NoError(t, o.call(ctx, "GenerateDataKeyWithoutPlaintext", use, &out))
+	require.NoError(t, o.call(ctx, "ReEncrypt", map[string]string{"CiphertextBlob": o.ciphertext, "DestinationKeyId": o.keyID}, &out))
 
 	// Without material and with it again, by the same token of import.
 	require.NoError(t, o.call(ctx, "DeleteKeyMaterial", map[string]string{"KeyId": o.keyID}, nil))

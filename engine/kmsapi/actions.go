@@ -30,6 +30,7 @@ var actions = map[string]action{
 
 	"Encrypt":                         dry((*Handler).encrypt),
 	"Decrypt":                         dry((*Handler).decrypt),
+	"ReEncrypt":                       dry((*Handler).reEncrypt),
 	"GenerateDataKey":                 dry((*Handler).generateDataKey),
 	"GenerateDataKeyWithoutPlaintext": dry((*Handler).generateDataKeyWithoutPlaintext),
 }
@@ -37,7 +38,7 @@ var actions = map[string]action{
 // onKey is an action that takes a KeyId, by its id only, and answers nothing.
 func onKey(do func(e Engine, ctx context.Context, keyID string) error) action {
 	return func(h *Handler, ctx context.Context, in *input) (body, error) {
-		keyID := in.keyID(engine.UnsupportedAlias)
+		keyID := in.keyID("KeyId", engine.UnsupportedAlias)
 		if in.err != nil {
 			return nil, in.err
 		}

@@ -159,6 +159,7 @@ func TestRequiredParameters(t *testing.T) {
 		"ScheduleKeyDeletion":    withKeyID(managing["ScheduleKeyDeletion"], keyID),
 		"Encrypt":                withKeyID(using["Encrypt"], keyID),
 		"Decrypt":                params("CiphertextBlob", "YQ=="),
+		"ReEncrypt":              params("CiphertextBlob", "YQ==", "DestinationKeyId", keyID),
 	} {
 		for name := range required {
 			t.Run(action+"/"+name, func(t *testing.T) {
@@ -332,9 +333,38 @@ func TestDataPlane(t *testing.T) {
 		})
 	}
 	s.refused(t, "InvalidParameter", "Decrypt", params("CiphertextBlob", "YQ==", "Recipient", "{}"))
+	testReEncrypt(t, s)
 	for _, n := range []string{"0", "-1", "1025", "x"} {
 		s.refused(t, "InvalidParameter", "GenerateDataKey", params("KeyId", keyID, "NumberOfBytes", n))
 	}
+}
+
+func testReEncrypt(t *testing.T, s *service) {
+	p := func(name, value string) map[string]string {
+		all := params("CiphertextBlob", "Ymxv", "DestinationKeyId", "acs:kms:cn-test:1234567890:key/"+keyID,
+			"SourceEncryptionContext", `{"a":"b"}`, "DestinationEncryptionContext", `{"c":"d"}`)
+		all[name] = value
+		return all
+	}
+	status, fields := s.do(t, "ReEncrypt", p("DryRun", ""))
+	require.Equal(t, http.StatusOK, status, fields)
+	delete(fields, "RequestId")
+	require.Equal(t, map[string]any{"CiphertextBlob": blobText, "KeyId": keyID, "KeyVersionId": versionID}, fields)
+	require.Equal(t, engine.ReEncryptInput{
+		Blob: []byte("blo"), SourceContext: map[string]string{"a": "b"}, KeyID: keyID, Context: map[string]string{"c": "d"},
+	}, s.engine.last)
+	s.refused(t, "DryRunOperationError", "ReEncrypt", p("DryRun", "true"))
+
+	s.engine.calls = nil
+	s.refused(t, "Forbidden.AliasNotFound", "ReEncrypt", p("DestinationKeyId", "alias/mine"))
+	for name, value := range map[string]string{
+		"CiphertextBlob": "*", "DestinationKeyId": "key_1", "SourceEncryptionContext": "[]", "DestinationEncryptionContext": "[]",
+		"SourceKeyId": keyID, "SourceKeyVersionId": versionID, "SourceEncryptionAlgorithm": "SM2PKE",
+	} {
+		fields := s.refused(t, "InvalidParameter", "ReEncrypt", p(name, value))
+		require.Equal(t, "The specified parameter "+name+" is not valid.", fields["Message"])
+	}
+	require.Empty(t, s.engine.calls)
 }
 
 func TestScheduleKeyDeletion(t *testing.T) {

@@ -34,9 +34,9 @@ func encrypted(c engine.Ciphertext) *encryptAnswer {
 }
 
 func (h *Handler) encrypt(ctx context.Context, in *input) (body, error) {
-	keyID := in.keyID(engine.AliasNotFound)
+	keyID := in.keyID("KeyId", engine.AliasNotFound)
 	plaintext := in.base64("Plaintext")
-	encctx := in.encryptionContext()
+	encctx := in.encryptionContext("EncryptionContext")
 	if in.err != nil {
 		return nil, in.err
 	}
@@ -49,7 +49,7 @@ func (h *Handler) encrypt(ctx context.Context, in *input) (body, error) {
 
 func (h *Handler) decrypt(ctx context.Context, in *input) (body, error) {
 	blob := in.base64("CiphertextBlob")
-	encctx := in.encryptionContext()
+	encctx := in.encryptionContext("EncryptionContext")
 	if in.err != nil {
 		return nil, in.err
 	}
@@ -61,13 +61,32 @@ func (h *Handler) decrypt(ctx context.Context, in *input) (body, error) {
 	return &plaintextAnswer{Plaintext: base64.StdEncoding.EncodeToString(p.Plaintext), KeyID: p.KeyID, KeyVersionID: p.KeyVersionID}, nil
 }
 
+// reEncrypt takes CMKs of either spec for the two sides. Its parameters for an
+// asymmetric source, which none of them is, are refused.
+func (h *Handler) reEncrypt(ctx context.Context, in *input) (body, error) {
+	asked := engine.ReEncryptInput{
+		Blob:          in.base64("CiphertextBlob"),
+		SourceContext: in.encryptionContext("SourceEncryptionContext"),
+		KeyID:         in.keyID("DestinationKeyId", engine.AliasNotFound),
+		Context:       in.encryptionContext("DestinationEncryptionContext"),
+	}
+	if in.err != nil {
+		return nil, in.err
+	}
+	c, err := h.cfg.Engine.ReEncrypt(ctx, asked)
+	if err != nil {
+		return nil, err
+	}
+	return encrypted(c), nil
+}
+
 // dataKey reads what both actions that make data keys take.
 func (in *input) dataKey() engine.DataKeyInput {
 	return engine.DataKeyInput{
-		KeyID:         in.keyID(engine.AliasNotFound),
+		KeyID:         in.keyID("KeyId", engine.AliasNotFound),
 		Spec:          in.optional("KeySpec"),
 		NumberOfBytes: in.integer("NumberOfBytes", 0, 1, engine.MaxDataKey),
-		Context:       in.encryptionContext(),
+		Context:       in.encryptionContext("EncryptionContext"),
 	}
 }
 

@@ -63,6 +63,7 @@ type Engine interface {
 
 	Encrypt(ctx context.Context, keyID string, plaintext []byte, encctx map[string]string) (engine.Ciphertext, error)
 	Decrypt(ctx context.Context, blob []byte, encctx map[string]string) (engine.Plaintext, error)
+	ReEncrypt(ctx context.Context, in engine.ReEncryptInput) (engine.Ciphertext, error)
 	GenerateDataKey(ctx context.Context, in engine.DataKeyInput) (engine.Ciphertext, engine.Plaintext, error)
 	GenerateDataKeyWithoutPlaintext(ctx context.Context, in engine.DataKeyInput) (engine.Ciphertext, error)
 }

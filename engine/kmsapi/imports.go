@@ -17,7 +17,7 @@ type importParametersAnswer struct {
 }
 
 func (h *Handler) getParametersForImport(ctx context.Context, in *input) (body, error) {
-	keyID := in.keyID(engine.UnsupportedAlias)
+	keyID := in.keyID("KeyId", engine.UnsupportedAlias)
 	algorithm := hsm.Algorithm(in.required("WrappingAlgorithm"))
 	spec := hsm.PairSpec(in.required("WrappingKeySpec"))
 	if in.err != nil {
@@ -37,7 +37,7 @@ func (h *Handler) getParametersForImport(ctx context.Context, in *input) (body, 
 
 func (h *Handler) importKeyMaterial(ctx context.Context, in *input) (body, error) {
 	imported := engine.ImportInput{
-		KeyID:                in.keyID(engine.UnsupportedAlias),
+		KeyID:                in.keyID("KeyId", engine.UnsupportedAlias),
 		EncryptedKeyMaterial: in.base64("EncryptedKeyMaterial"),
 		ImportToken:          in.base64("ImportToken"),
 		ExpireAt:             in.unixTime("KeyMaterialExpireUnix"),

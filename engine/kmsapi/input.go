@@ -69,6 +69,9 @@ var unsupported = []struct {
 	{"Policy", nil},
 	{"Recipient", nil},
 	{"RotationInterval", nil},
+	{"SourceEncryptionAlgorithm", nil},
+	{"SourceKeyId", nil},
+	{"SourceKeyVersionId", nil},
 	{"Tags", []string{"[]"}},
 }
 
@@ -94,14 +97,14 @@ func (in *input) refuseUnsupported() {
 	}
 }
 
-// keyID reads the required KeyId: an id, or the ARN of one. aliasKind is what
-// an alias is answered with, as there are none.
-func (in *input) keyID(aliasKind engine.Kind) string {
-	id := in.required("KeyId")
+// keyID reads a required key: an id, or the ARN of one. aliasKind is what an
+// alias is answered with, as there are none.
+func (in *input) keyID(name string, aliasKind engine.Kind) string {
+	id := in.required(name)
 	if in.err != nil {
 		return ""
 	}
-	id, err := resolve(id, in.region, in.account)
+	id, err := resolve(name, id, in.region, in.account)
 	if errors.Is(err, errAlias) {
 		err = &engine.Error{Kind: aliasKind}
 	}
@@ -202,10 +205,9 @@ func (in *input) unixTime(name string) time.Time {
 	return time.Time{}
 }
 
-// encryptionContext reads the optional EncryptionContext: a JSON object of
+// encryptionContext reads an optional encryption context: a JSON object of
 // strings. The engine compares it as a map and bounds its size.
-func (in *input) encryptionContext() map[string]string {
-	const name = "EncryptionContext"
+func (in *input) encryptionContext(name string) map[string]string {
 	text := in.optional(name)
 	if text == "" || in.err != nil {
 		return nil

@@ -126,7 +126,7 @@ func (h *Handler) createKey(ctx context.Context, in *input) (body, error) {
 }
 
 func (h *Handler) describeKey(ctx context.Context, in *input) (body, error) {
-	keyID := in.keyID(engine.AliasNotFound)
+	keyID := in.keyID("KeyId", engine.AliasNotFound)
 	if in.err != nil {
 		return nil, in.err
 	}
@@ -138,7 +138,7 @@ func (h *Handler) describeKey(ctx context.Context, in *input) (body, error) {
 }
 
 func (h *Handler) scheduleKeyDeletion(ctx context.Context, in *input) (body, error) {
-	keyID := in.keyID(engine.UnsupportedAlias)
+	keyID := in.keyID("KeyId", engine.UnsupportedAlias)
 	in.required("PendingWindowInDays")
 	days := in.integer("PendingWindowInDays", 0, 7, 366)
 	if in.err != nil {

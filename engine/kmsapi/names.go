@@ -16,7 +16,7 @@ const maxKeyID = 64
 
 // resolve returns the key id that name means: an id, or the ARN of one.
 // errAlias for an alias or the ARN of one.
-func resolve(name, region, account string) (keyID string, err error) {
+func resolve(parameter, name, region, account string) (keyID string, err error) {
 	if strings.HasPrefix(name, "acs:") {
 		resource, ours := strings.CutPrefix(name, arnPrefix(region, account))
 		if !ours {
@@ -32,7 +32,7 @@ func resolve(name, region, account string) (keyID string, err error) {
 		return "", errAlias
 	}
 	if name == "" || len(name) > maxKeyID || strings.ContainsFunc(name, notInKeyID) {
-		return "", invalid("KeyId", "KeyId must be the id or the ARN of a key")
+		return "", invalid(parameter, "%s must be the id or the ARN of a key", parameter)
 	}
 	return name, nil
 }

@@ -44,7 +44,7 @@ type receiptAnswer struct {
 // size of an older head).
 func (h *Handler) getImportReceipt(ctx context.Context, in *input) (body, error) {
 	asked := engine.ReceiptInput{
-		KeyID:     in.keyID(engine.UnsupportedAlias),
+		KeyID:     in.keyID("KeyId", engine.UnsupportedAlias),
 		RequestID: in.optional("ImportRequestId"),
 		Since:     int64(in.integer("Since", 0, 0, maxLogSize)),
 	}
@@ -89,7 +89,7 @@ type listedReceipt struct {
 // listImportReceipts lists the entries of one key, the last first, deletions
 // too.
 func (h *Handler) listImportReceipts(ctx context.Context, in *input) (body, error) {
-	keyID := in.keyID(engine.UnsupportedAlias)
+	keyID := in.keyID("KeyId", engine.UnsupportedAlias)
 	page := in.integer("PageNumber", 1, 1, maxPageNumber)
 	size := in.integer("PageSize", defaultPageSize, 1, maxPageSize)
 	if in.err != nil {

@@ -128,6 +128,10 @@ func (s *stubEngine) Decrypt(_ context.Context, _ []byte, encctx map[string]stri
 	return engine.Plaintext{KeyID: keyID, KeyVersionID: versionID, Plaintext: []byte("plaintext")}, s.called("Decrypt", "", encctx)
 }
 
+func (s *stubEngine) ReEncrypt(_ context.Context, in engine.ReEncryptInput) (engine.Ciphertext, error) {
+	return engine.Ciphertext{KeyID: in.KeyID, KeyVersionID: versionID, Blob: []byte("ciphertext")}, s.called("ReEncrypt", in.KeyID, in)
+}
+
 func (s *stubEngine) GenerateDataKey(_ context.Context, in engine.DataKeyInput) (engine.Ciphertext, engine.Plaintext, error) {
 	c := engine.Ciphertext{KeyID: in.KeyID, KeyVersionID: versionID, Blob: []byte("ciphertext")}
 	return c, engine.Plaintext{KeyID: in.KeyID, KeyVersionID: versionID, Plaintext: []byte("data key")}, s.called("GenerateDataKey", in.KeyID, in)
