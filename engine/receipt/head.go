@@ -35,12 +35,16 @@ import (
 // its checkpoints in the same way.
 type Head struct {
 	Log         LogID
-	Size        int64 // at least 1
+	Size        int64 // from 1 to maxSize
 	Root        Hash
 	Time        time.Time
 	TokenSerial string
 	Previous    Hash // zero: the first head of the log
 }
+
+// maxSize is more entries than any log has. Near 2^63 package tlog computes for
+// ever, and whoever signs a head could have a customer's verification hang.
+const maxSize = 1 << 50
 
 const originPrefix = "keyferry-receipts/"
 
@@ -71,7 +75,7 @@ func parseHead(text string) (Head, error) {
 	}
 	h.Size, err = strconv.ParseInt(parts[1], 10, 64)
 	root, bad := base64.StdEncoding.DecodeString(parts[2])
-	if err != nil || bad != nil || h.Size < 1 || len(root) != len(h.Root) {
+	if err != nil || bad != nil || h.Size < 1 || h.Size > maxSize || len(root) != len(h.Root) {
 		return Head{}, fmt.Errorf("%w: size or root of the head", ErrSyntax)
 	}
 	copy(h.Root[:], root)

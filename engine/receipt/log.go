@@ -63,7 +63,7 @@ type Outline struct {
 // ReadOutline reads the beginning of a file. Errors wrap ErrSyntax.
 func ReadOutline(r io.Reader) (Outline, error) {
 	var in logJSON // of which a receipt has the same members
-	if err := json.NewDecoder(r).Decode(&in); err != nil {
+	if err := json.NewDecoder(io.LimitReader(r, maxLine)).Decode(&in); err != nil {
 		return Outline{}, fmt.Errorf("%w: %w", ErrSyntax, err)
 	}
 	if in.Format != logFormat && in.Format != receiptFormat {
@@ -294,7 +294,7 @@ func (v *logVerifier) entry(line lineJSON) {
 // still be told.
 func keyOf(body []byte) string {
 	if e, err := ParseEntry(body); err == nil {
-		return ", of key " + e.KeyID
+		return ", of key " + quote(e.KeyID)
 	}
 	return ""
 }
@@ -307,9 +307,9 @@ func (v *logVerifier) follow(line lineJSON, e *Entry) {
 	switch {
 	case !known && e.Previous == Hash{}, known && e.Previous == last.hash && e.Revision > last.revision:
 	case !known:
-		v.problem(line.Index, "%w: the entry before it of key %s, with hash %x, is not there or was altered", ErrChain, e.KeyID, e.Previous[:])
+		v.problem(line.Index, "%w: the entry before it of key %s, with hash %x, is not there or was altered", ErrChain, quote(e.KeyID), e.Previous[:])
 	default:
-		v.problem(line.Index, "%w: it does not follow entry %d of key %s, which is missing, was altered, or was undone in the database", ErrChain, last.index, e.KeyID)
+		v.problem(line.Index, "%w: it does not follow entry %d of key %s, which is missing, was altered, or was undone in the database", ErrChain, last.index, quote(e.KeyID))
 	}
 	v.keys[e.KeyID] = lastEntry{line.Index, line.Hash, e.Revision}
 }

@@ -220,6 +220,22 @@ func TestReadOutline(t *testing.T) {
 	}
 }
 
+// What a thief has written into a log does not reach a terminal as it is.
+func TestLogProblemsAreText(t *testing.T) {
+	k := newKMS(t)
+	name := "key\x1b[2K\nVerified: all"
+	e := k.imports(t, name)
+	k.imports(t, name)
+	e.Revision, e.Previous = 9, receipt.Hash{1}
+	k.add(t, e.Text()) // follows nothing
+	file := strings.Replace(k.logFile(t), "kcv 02", "kcv 03", 1)
+	_, err := receipt.VerifyLog(strings.NewReader(file), k.public, receipt.LogChecks{})
+	require.ErrorIs(t, err, receipt.ErrAltered)
+	require.ErrorIs(t, err, receipt.ErrChain)
+	require.NotContains(t, err.Error(), "\x1b")
+	require.NotContains(t, err.Error(), "\nVerified")
+}
+
 // A hundred problems are told, and how many more there are.
 func TestLogOfManyProblems(t *testing.T) {
 	k := newKMS(t)

@@ -201,7 +201,9 @@ func (r *Receipt) UnmarshalJSON(data []byte) error {
 	return nil
 }
 
-// strict decodes one JSON value that has no members but those it should have.
+// strict decodes one JSON value that has no members but those it should have,
+// each once and as it is spelt: of two the decoder would take the last, while a
+// person may read the first.
 func strict(data []byte, to any) error {
 	d := json.NewDecoder(bytes.NewReader(data))
 	d.DisallowUnknownFields()
@@ -211,7 +213,37 @@ func strict(data []byte, to any) error {
 	if _, err := d.Token(); !errors.Is(err, io.EOF) {
 		return fmt.Errorf("%w: something follows it", ErrSyntax)
 	}
+	if err := once(json.NewDecoder(bytes.NewReader(data))); err != nil { // which is not nested deeply, as it was decoded
+		return fmt.Errorf("%w: %w", ErrSyntax, err)
+	}
 	return nil
+}
+
+// once reads one JSON value and refuses a member that is there twice, or in
+// capitals, which the decoder would take for the same.
+func once(d *json.Decoder) error {
+	opening, err := d.Token()
+	if err != nil || opening != json.Delim('{') && opening != json.Delim('[') {
+		return err
+	}
+	seen := map[json.Token]bool{}
+	for d.More() {
+		if opening == json.Delim('{') {
+			name, err := d.Token()
+			if err != nil {
+				return err
+			}
+			if seen[name] || strings.ContainsFunc(name.(string), func(r rune) bool { return r != '_' && (r < 'a' || r > 'z') }) {
+				return fmt.Errorf("member %q is there twice, or is not spelt so", name)
+			}
+			seen[name] = true
+		}
+		if err := once(d); err != nil {
+			return err
+		}
+	}
+	_, err = d.Token()
+	return err
 }
 
 func lines(text []byte) []string {

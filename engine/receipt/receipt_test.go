@@ -7,8 +7,11 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/x509"
+	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"math"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
@@ -310,6 +313,49 @@ func TestReceiptAltered(t *testing.T) {
 var kinds = []error{
 	receipt.ErrSyntax, receipt.ErrKey, receipt.ErrSignature, receipt.ErrOtherLog, receipt.ErrAltered, receipt.ErrMissing,
 	receipt.ErrProof, receipt.ErrRoot, receipt.ErrChain, receipt.ErrRolledBack, receipt.ErrForked, receipt.ErrNoConsistency,
+}
+
+// What stands in a file twice, of which a person reads the first and a decoder
+// takes the last, is refused.
+func TestReceiptSaysNothingTwice(t *testing.T) {
+	k := newKMS(t)
+	k.imports(t, "key")
+	k.imports(t, "key")
+	r := k.receipt(t, 1)
+	k.since(t, r, 1)
+	good, err := r.MarshalJSON()
+	require.NoError(t, err)
+	require.NoError(t, new(receipt.Receipt).UnmarshalJSON(good))
+	for _, name := range []string{"index", "entry", "hash", "head", "public_key", "since", "size"} {
+		member := regexp.MustCompile(`"` + name + `":(\[[^]]*\]|\{.*?\}|"[^"]*"|[0-9]+),?`).FindString(string(good))
+		require.NotEmpty(t, member, name)
+		twice := strings.TrimSuffix(member, ",") + "," + member
+		for _, first := range []string{name, strings.ToUpper(name), strings.Replace(name, "s", "ſ", 1)} {
+			bad := strings.Replace(string(good), member, strings.Replace(twice, name, first, 1), 1)
+			require.ErrorIs(t, new(receipt.Receipt).UnmarshalJSON([]byte(bad)), receipt.ErrSyntax, first)
+		}
+	}
+}
+
+// A head of an impossible size, though the KMS has signed it, does not have its
+// customer compute for ever.
+func TestHeadOfImpossibleSize(t *testing.T) {
+	k := newKMS(t)
+	k.imports(t, "key")
+	r := k.receipt(t, 0)
+	for _, size := range []int64{1<<50 + 1, math.MaxInt64} {
+		head := receipt.Head{Log: k.log, Size: size, Time: sampleTime}
+		_, err := receipt.SignHead(head, k.public, func(digest [sha256.Size]byte) ([]byte, error) {
+			signature, err := k.sign(digest)
+			sum := sha256.Sum256(k.public.SPKI())
+			r.Head = fmt.Appendf(nil, "%s\n— keyferry-receipts/%s %s\n", head.Text(), k.log,
+				base64.StdEncoding.EncodeToString(append(sum[:4:4], signature...)))
+			return signature, err
+		})
+		require.ErrorIs(t, err, receipt.ErrSyntax)
+		_, _, err = r.Verify(k.public)
+		require.ErrorIs(t, err, receipt.ErrSyntax)
+	}
 }
 
 func second(_ receipt.Head, signed []byte) []byte { return signed }
