@@ -237,7 +237,9 @@ func (e *Engine) importResident(ctx context.Context, a *admitted, req hsm.Import
 	case err != nil:
 		return hsm.Imported{}, storeError(err)
 	}
-	imported, err := e.token.ImportResident(ctx, hsm.ResidentRequest{ImportRequest: req, ID: id, Instance: e.instance, Now: now})
+	token, cancel := outlast(ctx)
+	defer cancel()
+	imported, err := e.token.ImportResident(token, hsm.ResidentRequest{ImportRequest: req, ID: id, Instance: e.instance, Now: now})
 	switch {
 	case err == nil:
 		return imported, nil
@@ -251,6 +253,17 @@ func (e *Engine) importResident(ctx context.Context, a *admitted, req hsm.Import
 		err = &Error{Kind: LimitExceeded, Hint: "the token is full"}
 	}
 	return hsm.Imported{}, err
+}
+
+// outlast is a context until its deadline, also after it was cancelled. Callers
+// who hang up would each leave an entry, and maybe an object, until it is old:
+// soon there would be as many as there may be.
+func outlast(ctx context.Context) (context.Context, context.CancelFunc) {
+	lasting := context.WithoutCancel(ctx)
+	if deadline, ok := ctx.Deadline(); ok {
+		return context.WithDeadline(lasting, deadline)
+	}
+	return lasting, func() {}
 }
 
 // giveUp ends an import that is not to be, unless it was committed after all.

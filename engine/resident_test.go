@@ -160,6 +160,44 @@ func TestResidentLimit(t *testing.T) {
 	require.Contains(t, log.String(), "nearly full")
 }
 
+// hangUp lets a caller hang up once the journal has the entry of an import.
+type hangUp struct {
+	store.Store
+	cancel context.CancelFunc
+}
+
+func (h *hangUp) AddResident(ctx context.Context, r store.Resident, limit int) error {
+	err := h.Store.AddResident(ctx, r, limit)
+	if h.cancel != nil {
+		h.cancel()
+	}
+	return err
+}
+
+// Callers who hang up do not fill journal and token, so that nobody else can
+// import.
+func TestResidentHangUp(t *testing.T) {
+	caller := &hangUp{}
+	h := newResidentHouse(t, withPairs(8), with(func(c *engine.Config) { c.ResidentLimit = 1 }),
+		withStore(func(s store.Store) store.Store { caller.Store = s; return caller }))
+	keyID := h.newKey(t, engine.AliyunAES256)
+	in := input(t, h.parameters(t, keyID), randomBytes(32))
+	for range 3 {
+		var ctx context.Context
+		ctx, caller.cancel = context.WithTimeout(t.Context(), time.Minute)
+		_, err := h.ImportKeyMaterial(ctx, in)
+		requireKind(t, engine.Unavailable, err)
+		entries, err := h.store.Residents(t.Context(), time.Time{}, 0)
+		require.NoError(t, err)
+		require.Empty(t, entries)
+		require.Empty(t, h.residents(t))
+	}
+	caller.cancel = nil
+	_, err := h.ImportKeyMaterial(t.Context(), in)
+	require.NoError(t, err)
+	h.requireHeld(t, 1)
+}
+
 // Material that somebody destroyed in the token is missed, and can come back.
 func TestResidentLost(t *testing.T) {
 	ctx := t.Context()
