@@ -29,12 +29,12 @@ func (s *brokenStore) arm(n int, took bool) {
 	s.calls, s.at, s.took, s.struck = nil, n, took, false
 }
 
-// heal reports the calls since arm, and whether one failed.
-func (s *brokenStore) heal() (calls []string, struck bool) {
+// heal reports the calls since arm.
+func (s *brokenStore) heal() (calls []string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.at = -1
-	return slices.Clone(s.calls), s.struck
+	return slices.Clone(s.calls)
 }
 
 func strike[T any](s *brokenStore, name string, do func() (T, error)) (T, error) {

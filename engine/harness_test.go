@@ -245,9 +245,9 @@ func (h *house) parameters(tb testing.TB, keyID string) engine.ImportParameters 
 	return params
 }
 
-func (h *house) parametersFor(tb testing.TB, keyID string, alg hsm.Algorithm) engine.ImportParameters {
+func (h *house) parametersV15(tb testing.TB, keyID string) engine.ImportParameters {
 	tb.Helper()
-	return h.parametersOf(tb, keyID, hsm.RSA2048, alg)
+	return h.parametersOf(tb, keyID, hsm.RSA2048, hsm.PKCS1v15)
 }
 
 func (h *house) parametersOf(tb testing.TB, keyID string, pair hsm.PairSpec, alg hsm.Algorithm) engine.ImportParameters {

@@ -443,7 +443,7 @@ func TestExpectations(t *testing.T) {
 func TestPKCS1v15(t *testing.T) {
 	h := newHouse(t, withToken(pkcs1Token()))
 	keyID := h.newKey(t, engine.AliyunAES256)
-	params := h.parametersFor(t, keyID, hsm.PKCS1v15)
+	params := h.parametersV15(t, keyID)
 	material := randomBytes(32)
 	in := inputFor(t, params, hsm.PKCS1v15, material)
 	if h.cfg.Token.ImplicitRejection() {

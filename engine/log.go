@@ -110,8 +110,10 @@ type tileName struct {
 	n     int64
 }
 
+// Height is the levels of the tree that one tile has.
 func (t *tiles) Height() int { return tileHeight }
 
+// SaveTiles is for caches; the store is the only one.
 func (t *tiles) SaveTiles([]tlog.Tile, [][]byte) {}
 
 // ReadTiles cuts tiles that have grown since to the width that is asked for.

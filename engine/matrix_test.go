@@ -109,9 +109,11 @@ func (r *ruin) try(t *testing.T, a act) {
 	r.broken.arm(-1, false)
 	require.NoError(t, a.run(t, c))
 	calls := r.tap.Sequence()
-	stored, _ := r.broken.heal()
-	codes := []uint32{deviceError, sessionHandleInvalid, pkcs11.CKR_GENERAL_ERROR, deviceRemoved,
-		pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_HOST_MEMORY, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_TOKEN_NOT_PRESENT}
+	stored := r.broken.heal()
+	codes := []uint32{
+		deviceError, sessionHandleInvalid, pkcs11.CKR_GENERAL_ERROR, deviceRemoved,
+		pkcs11.CKR_CRYPTOKI_NOT_INITIALIZED, pkcs11.CKR_USER_NOT_LOGGED_IN, pkcs11.CKR_HOST_MEMORY, pkcs11.CKR_FUNCTION_FAILED, pkcs11.CKR_TOKEN_NOT_PRESENT,
+	}
 	if a.codes > 0 {
 		codes = codes[:a.codes]
 	}

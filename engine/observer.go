@@ -31,12 +31,23 @@ type Observer interface {
 // unobserved is the Observer of an Engine that has none.
 type unobserved struct{}
 
+// Imported does nothing.
 func (unobserved) Imported(hsm.Algorithm, error) {}
-func (unobserved) Used(bool)                     {}
-func (unobserved) Warned()                       {}
-func (unobserved) SweptKey()                     {}
-func (unobserved) SweptPair()                    {}
-func (unobserved) Swept(error)                   {}
+
+// Used does nothing.
+func (unobserved) Used(bool) {}
+
+// Warned does nothing.
+func (unobserved) Warned() {}
+
+// SweptKey does nothing.
+func (unobserved) SweptKey() {}
+
+// SweptPair does nothing.
+func (unobserved) SweptPair() {}
+
+// Swept does nothing.
+func (unobserved) Swept(error) {}
 
 // Stats is what an Engine has at one moment.
 type Stats struct {

@@ -77,8 +77,8 @@ func TestSharedPair(t *testing.T) {
 func TestPKCS1v15PairsAreNotShared(t *testing.T) {
 	h := newHouse(t, withToken(pkcs1Token()), withPairs(2))
 	keyID := h.newKey(t, engine.AliyunAES256)
-	first := h.parametersFor(t, keyID, hsm.PKCS1v15)
-	second := h.parametersFor(t, keyID, hsm.PKCS1v15)
+	first := h.parametersV15(t, keyID)
+	second := h.parametersV15(t, keyID)
 	require.NotEqual(t, first.PublicKey, second.PublicKey)
 	for range 2 {
 		_, err := h.GetParametersForImport(t.Context(), keyID, hsm.RSA2048, hsm.PKCS1v15)
@@ -86,7 +86,7 @@ func TestPKCS1v15PairsAreNotShared(t *testing.T) {
 		h.clock.advance(time.Hour)
 	}
 	h.clock.advance(22 * time.Hour)
-	h.parametersFor(t, keyID, hsm.PKCS1v15)
+	h.parametersV15(t, keyID)
 }
 
 func TestPairsAreDestroyedWhenTheirTokensExpire(t *testing.T) {
@@ -245,7 +245,7 @@ func TestAlgorithmSwitchedOff(t *testing.T) {
 	h = newHouse(t, withToken(before))
 	require.Contains(t, h.Algorithms(), engine.WrappingOffer{Spec: hsm.RSA2048, Algorithm: hsm.PKCS1v15})
 	keyID := h.newKey(t, engine.AliyunAES256)
-	params := h.parametersFor(t, keyID, hsm.PKCS1v15)
+	params := h.parametersV15(t, keyID)
 	h.waitForPairs(t, 1)
 
 	h.shut(t)

@@ -1,6 +1,7 @@
 package engine
 
 import (
+	"bytes"
 	"context"
 	"crypto/sha256"
 	"errors"
@@ -183,7 +184,7 @@ func (e *Engine) placeOf(ctx context.Context, keyID string, hash []byte) (int, e
 			return 0, storeError(err)
 		}
 		for i := range list {
-			if have := receipt.HashOf(list[i].Entry); string(have[:]) == string(hash) {
+			if have := receipt.HashOf(list[i].Entry); bytes.Equal(have[:], hash) {
 				return offset + i, nil
 			}
 		}

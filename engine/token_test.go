@@ -77,7 +77,7 @@ func TestImportTokenForgedWithThePIN(t *testing.T) {
 	victim, thiefs := h.newKey(t, engine.AliyunAES256), h.newKey(t, engine.AliyunAES256)
 	params := h.parameters(t, victim)
 	captured := input(t, params, randomBytes(32))
-	other := h.parametersFor(t, thiefs, hsm.PKCS1v15)
+	other := h.parametersV15(t, thiefs)
 	var pair engine.Forgery
 	_, err := h.Forge(t.Context(), other.ImportToken, func(f *engine.Forgery) { pair = *f })
 	require.NoError(t, err)

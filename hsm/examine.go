@@ -113,7 +113,7 @@ func Examine(ctx context.Context, cfg Config, thorough bool) (_ *Examination, er
 
 // trusted lists the objects with CKA_TRUSTED.
 func (x *Examination) trusted(s *p11.Session, r rules) error {
-	r = r.minus(TrustedUnavailable)
+	r = r.trusting()
 	handles, err := s.FindObjects(p11.NewTemplate(p11.Bool(p11.Trusted, true)))
 	if errors.Is(err, p11.AttributeTypeInvalid) {
 		return nil

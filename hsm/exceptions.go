@@ -181,9 +181,9 @@ func (r rules) plus(e Exception) rules {
 	return r
 }
 
-// minus is r with a rule kept after all.
-func (r rules) minus(e Exception) rules {
-	r.left = slices.DeleteFunc(slices.Clone(r.left), func(x Exception) bool { return x == e })
+// trusting is r where CKA_TRUSTED is to be had after all.
+func (r rules) trusting() rules {
+	r.left = slices.DeleteFunc(slices.Clone(r.left), func(x Exception) bool { return x == TrustedUnavailable })
 	return r
 }
 

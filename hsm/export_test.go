@@ -70,7 +70,7 @@ func AdoptPairForTest(ctx context.Context, t *Token, key *rsa.PrivateKey, alg Al
 	}
 	s := <-c.keepers
 	defer func() { c.keepers <- s }()
-	p.handle, err = s.CreateObject(c.rules.template(join(parts, wrappingPrivate(p11.KeyRSA, false, p.ID[:], "keyferry test", mechanism(alg)))...))
+	p.handle, err = s.CreateObject(c.rules.template(join(parts, wrappingPrivate(p11.KeyRSA, p.ID[:], "keyferry test", mechanism(alg)))...))
 	if err != nil {
 		return PairInfo{}, err
 	}

@@ -47,7 +47,7 @@ func (c *connection) findKeys(s *p11.Session) error {
 		return err
 	}
 	if c.rules.without(TrustedUnavailable) && !c.caps.needs(TrustedUnavailable) && found.trusted() {
-		c.rules = c.rules.minus(TrustedUnavailable)
+		c.rules = c.rules.trusting()
 	}
 	pinned := map[MaterialSpec]Fingerprint{AES256: pins.VaultAES, SM4: pins.VaultSM4}
 	c.vaults = map[MaterialSpec]*vault{}
@@ -94,7 +94,7 @@ func (v vaults) trusted() bool {
 // keys. ErrUntrusted if one is anything else. Where trust was given up, vault
 // keys without it are returned too, of the kinds that have none with it.
 func findVaults(s *p11.Session, r rules, proven sm) (vaults, error) {
-	out, err := trustedVaults(s, r.minus(TrustedUnavailable), proven)
+	out, err := trustedVaults(s, r.trusting(), proven)
 	if err != nil || !r.without(TrustedUnavailable) {
 		return out, err
 	}

@@ -35,7 +35,7 @@ func newRemote(t *testing.T, soft *softhsm.Token) (r *remote, client string) {
 		t.Skip("p11-kit and p11-kit-client.so are missing: install Debian's p11-kit and p11-kit-modules")
 	}
 	// Short: the path of a socket has 107 bytes at the most.
-	dir, err := os.MkdirTemp("", "kf")
+	dir, err := os.MkdirTemp("", "kf") //nolint:usetesting // t.TempDir names the test, too long for a socket
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	r = &remote{soft: soft, program: program, socket: filepath.Join(dir, "s")}

@@ -50,11 +50,17 @@ func (p prober) probe() (_ *Capabilities, err error) {
 	if p.has, err = p.mod.MechanismList(p.slot); err != nil {
 		return nil, err
 	}
+	defer func() {
+		for _, s := range []*p11.Session{p.home, p.s} {
+			if s != nil {
+				_ = s.Close() // and with it its objects
+			}
+		}
+	}()
 	for _, s := range []**p11.Session{&p.home, &p.s} {
 		if *s, err = p.mod.OpenSession(p.slot); err != nil {
 			return nil, err
 		}
-		defer func() { _ = (*s).Close() }() // and with it its objects
 	}
 	if p.caps.sm, err = findProfile(p.mod, p.slot, p.home, p.profile, p.profiles); err != nil {
 		return nil, err

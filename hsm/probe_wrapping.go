@@ -20,7 +20,7 @@ func (p *prober) probePair(bits int) (public, private p11.Handle, pub *rsa.Publi
 	r := p.caps.rules
 	public, private, err = p.home.GenerateKeyPair(p11.RSAKeyPairGen,
 		r.template(rsaPublic(bits)...),
-		r.template(wrappingPrivate(p11.KeyRSA, false, []byte("probe"), "keyferry probe", p11.RSAPKCS, p11.RSAOAEP)...))
+		r.template(wrappingPrivate(p11.KeyRSA, []byte("probe"), "keyferry probe", p11.RSAPKCS, p11.RSAOAEP)...))
 	if err != nil {
 		return 0, 0, nil, err
 	}
@@ -106,7 +106,7 @@ func (p *prober) provenance(private p11.Handle) error {
 	if err != nil {
 		p.need(ProvenanceUnreported, "of a generated pair %s", reason(err))
 	}
-	want := wrappingPrivate(p11.KeyRSA, false, []byte("probe"), "keyferry probe", p11.RSAPKCS, p11.RSAOAEP)
+	want := wrappingPrivate(p11.KeyRSA, []byte("probe"), "keyferry probe", p11.RSAPKCS, p11.RSAOAEP)
 	if err := p.caps.rules.readBack(p.home, private, want); err != nil {
 		if err := p.lost(err); err != nil {
 			return err

@@ -1,6 +1,7 @@
 package hsm
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/hex"
@@ -304,7 +305,7 @@ func (c *connection) verifyResident(s *p11.Session, h p11.Handle, m Material, in
 		return err
 	}
 	label, ok := parseResidentLabel(values[p11.Label])
-	if !ok || label.instance != instance || string(label.context) != string(context) {
+	if !ok || label.instance != instance || !bytes.Equal(label.context, context) {
 		return fmt.Errorf("%w: its label is of no kind that we make", ErrUntrusted)
 	}
 	if err := c.rules.readBack(s, h, residentObject(ObjectID(m.Ref), label)); err != nil {

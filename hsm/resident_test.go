@@ -27,9 +27,9 @@ func needResident(t testing.TB, token *hsm.Token) {
 }
 
 // newResidentBench is newBench with a pair for resident material.
-func newResidentBench(t testing.TB, alg hsm.Algorithm, change ...func(*hsm.Config)) *bench {
+func newResidentBench(t testing.TB, alg hsm.Algorithm) *bench {
 	t.Helper()
-	b := newBench(t, alg, change...)
+	b := newBench(t, alg)
 	needResident(t, b.token)
 	spec := b.pair.Spec
 	var err error

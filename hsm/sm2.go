@@ -73,7 +73,7 @@ func proveSM2(s *p11.Session, has map[p11.Mechanism]bool, p Profile) error {
 	id := []byte("probe")
 	public, priv, err := s.GenerateKeyPair(p11.Mechanism(n.KeyPairGen),
 		p11.NewTemplate(sm2Public(n, false, id)...),
-		p11.NewTemplate(wrappingPrivate(uint64(n.KeyType), false, id, "keyferry probe", n.mechanisms()...)...))
+		p11.NewTemplate(wrappingPrivate(uint64(n.KeyType), id, "keyferry probe", n.mechanisms()...)...))
 	if err != nil {
 		return fmt.Errorf("%w: SM2 pairs of profile %q (%w)", ErrUnsupported, p.Name, err)
 	}

@@ -281,13 +281,15 @@ func rsaPublic(bits int) []p11.Attr {
 	)
 }
 
-// wrappingPrivate is the private half of a wrapping pair: it unwraps, by the
-// mechanisms of its algorithm, into what measured says, and nothing else.
-func wrappingPrivate(keyType uint64, onToken bool, id []byte, label string, mechanisms ...p11.Mechanism) []p11.Attr {
-	return wrappingInto(measured(), keyType, onToken, id, label, mechanisms...)
+// wrappingPrivate is the private half of a wrapping pair as a session object, to
+// probe with: it unwraps, by the mechanisms of its algorithm, into what measured
+// says, and nothing else.
+func wrappingPrivate(keyType uint64, id []byte, label string, mechanisms ...p11.Mechanism) []p11.Attr {
+	return wrappingInto(measured(), keyType, false, id, label, mechanisms...)
 }
 
-// wrappingInto is wrappingPrivate for any template of what is unwrapped.
+// wrappingInto is wrappingPrivate for any template of what is unwrapped, on the
+// token or not.
 func wrappingInto(unwrapped []p11.Attr, keyType uint64, onToken bool, id []byte, label string, mechanisms ...p11.Mechanism) []p11.Attr {
 	return join(
 		[]p11.Attr{

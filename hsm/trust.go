@@ -47,7 +47,7 @@ func makeVaults(s *p11.Session, r rules, caps *Capabilities, cfg InitConfig, kin
 	if !r.without(TrustedUnavailable) {
 		return r, trustedCeremony(s, r, cfg, kinds)
 	}
-	full := r.minus(TrustedUnavailable)
+	full := r.trusting()
 	there, err := trustedVaults(s, full, caps.sm)
 	if err != nil {
 		return r, err

@@ -60,9 +60,9 @@ func Modules() ([]string, error) {
 	}
 	seen := make(map[string]bool)
 	return slices.DeleteFunc(append([]string{first}, others...), func(path string) bool {
-		real, err := filepath.EvalSymlinks(path)
-		again := err != nil || seen[real]
-		seen[real] = true
+		target, err := filepath.EvalSymlinks(path)
+		again := err != nil || seen[target]
+		seen[target] = true
 		return again
 	}), nil
 }

@@ -176,7 +176,7 @@ var writings = map[string]func(b []byte) string{
 	"%d of bignum": func(b []byte) string { return new(big.Int).SetBytes(b).String() },
 	"%x of bignum": func(b []byte) string { return new(big.Int).SetBytes(b).Text(16) },
 	"colons":       func(b []byte) string { return hexadecimal(b, ":") },
-	"hexdump":      func(b []byte) string { return hex.Dump(b) },
+	"hexdump":      hex.Dump,
 	"Base64":       func(b []byte) string { return base64.StdEncoding.EncodeToString(b) },
 	"Base64, 1":    func(b []byte) string { return base64.StdEncoding.EncodeToString(append([]byte{7}, b...)) },
 	"Base64, 2":    func(b []byte) string { return base64.RawStdEncoding.EncodeToString(append([]byte{7, 7}, b...)) },

@@ -78,7 +78,6 @@ func withOutstanding(t *testing.T, dir string, n int) {
 
 // measure takes the times of an algorithm's probes and compares them.
 func measure(t *testing.T, dir, algorithm string, tries int) {
-	c := &customer{material: randomMaterial(byok.MaterialLen(byok.AES256))}
 	if algorithm == byok.PKCS1v15 {
 		withOutstanding(t, dir, 1000)
 	} else {
@@ -86,7 +85,7 @@ func measure(t *testing.T, dir, algorithm string, tries int) {
 	}
 	s := startDevServer(t, dir)
 	defer func() { require.NoError(t, s.stop()) }()
-	c = newCustomerOf(t, s.client(t), byok.AES256)
+	c := newCustomerOf(t, s.client(t), byok.AES256)
 	if !c.ask(t, algorithm) {
 		return // it was said why
 	}

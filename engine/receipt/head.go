@@ -134,15 +134,19 @@ type noteKey struct {
 	sign func([sha256.Size]byte) ([]byte, error)
 }
 
+// Name is the name that signatures carry.
 func (k *noteKey) Name() string { return k.name }
 
+// KeyHash is the key id that signatures carry.
 func (k *noteKey) KeyHash() uint32 {
 	sum := sha256.Sum256(k.key.spki)
 	return binary.BigEndian.Uint32(sum[:])
 }
 
+// Sign signs the SHA-256 of text.
 func (k *noteKey) Sign(text []byte) ([]byte, error) { return k.sign(sha256.Sum256(text)) }
 
+// Verify reports whether a signature is one of text.
 func (k *noteKey) Verify(text, signature []byte) bool {
 	digest := sha256.Sum256(text)
 	return ecdsa.VerifyASN1(k.key.key, digest[:], signature)

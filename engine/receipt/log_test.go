@@ -90,7 +90,8 @@ func TestLogAltered(t *testing.T) {
 			7: receipt.ErrMissing, 11: receipt.ErrChain, -1: receipt.ErrRoot,
 		}},
 		"an entry lost, its hash kept": {func(l []string) []string {
-			l[at(7)] = l[at(7)][:strings.Index(l[at(7)], `,"entry"`)] + "}\n"
+			head, _, _ := strings.Cut(l[at(7)], `,"entry"`)
+			l[at(7)] = head + "}\n"
 			return l
 		}, map[int64]error{7: receipt.ErrMissing, 11: receipt.ErrChain}},
 		"the first removed": {func(l []string) []string { return append(l[:at(0)], l[at(1):]...) }, map[int64]error{

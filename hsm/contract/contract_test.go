@@ -351,10 +351,9 @@ func testOpenAgain(t *testing.T, c *candidate) {
 		cfg := c.Config
 		change(&cfg)
 		_, err := hsm.Open(ctx, cfg)
-		switch {
-		case name == "PIN":
+		if name == "PIN" {
 			require.ErrorIs(t, err, hsm.ErrPIN)
-		default:
+		} else {
 			require.True(t, errors.Is(err, hsm.ErrUntrusted) || errors.Is(err, hsm.ErrUnavailable), "%s: %v", name, err)
 		}
 	}
