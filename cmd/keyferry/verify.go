@@ -120,6 +120,9 @@ func (o *verifyOptions) run(std *streams, files []string) error {
 	for _, file := range logs {
 		results = append(results, verifyLog(file, key, receipt.LogChecks{Since: since, Receipts: receipts}))
 	}
+	if len(expected) > 0 && len(results) == len(logs) {
+		return usage("--in, --ciphertext and --material-id say what receipts must be of: give a receipt, too")
+	}
 	return report(std, results)
 }
 
@@ -183,6 +186,14 @@ func (o *verifyOptions) expectations(std *streams) (checks []func(receipt.Entry)
 		}
 		sum := sha256.Sum256(blob)
 		checks = append(checks, func(e receipt.Entry) error { return same("the hash of --ciphertext", sum[:], e.Ciphertext[:]) })
+	}
+	if len(checks) > 0 {
+		checks = append(checks, func(e receipt.Entry) error {
+			if e.Kind != receipt.Import {
+				return fmt.Errorf("%w: a %s", errOther, e.Kind)
+			}
+			return nil
+		})
 	}
 	return checks, nil
 }
