@@ -1,7 +1,8 @@
-// The part of PKCS#11 v2.40 that Keyferry calls itself. miekg/pkcs11 loads the
-// module and does the calls that neither take templates nor return data whose
-// size is known beforehand; it asks for the size first in those, which makes
-// some tokens do the work twice and others fail.
+// The part of PKCS#11 v2.40 that Keyferry uses: every call is made here, on the
+// one function list that kf_load got. miekg/pkcs11 would get a list of its own,
+// which some modules, p11-kit's client among them, answer with another instance
+// of themselves; and it asks for the size of data first where that is known,
+// which makes some tokens do the work twice and others fail.
 //
 // Names and layouts: PKCS #11 Cryptographic Token Interface Base Specification
 // v2.40, sections 3 and 5. Structures are not packed on Unix.
@@ -26,6 +27,17 @@ typedef struct { ck_ulong bits; ck_byte block[16]; } ck_ctr_params;
 // CK_C_INITIALIZE_ARGS. NSS reads its configuration in the place of pReserved
 // and looks for a pReserved of its own behind it.
 typedef struct { void *create, *destroy, *lock, *unlock; ck_ulong flags; void *reserved, *none; } ck_initialize_args;
+
+typedef struct { ck_byte major, minor; } ck_version;
+typedef struct {
+	ck_byte label[32], manufacturer[32], model[16], serial[16];
+	ck_ulong flags, max_sessions, sessions, max_rw_sessions, rw_sessions, max_pin, min_pin, total_public, free_public,
+	    total_private, free_private;
+	ck_version hardware, firmware;
+	ck_byte utc_time[16];
+} ck_token_info;
+typedef struct { ck_ulong slot, state, flags, device_error; } ck_session_info;
+typedef struct { ck_ulong min_key, max_key, flags; } ck_mechanism_info;
 
 typedef ck_rv (*ck_fn)();
 
@@ -89,10 +101,29 @@ static ck_mechanism kf_build(const kf_mech *m, kf_params *p, void *iv, ck_ulong 
 	return out;
 }
 
+// kf_initialize lets the module lock by the operating system's means: calls
+// come from many threads.
 static ck_rv kf_initialize(ck_functions *f, char *reserved) {
 	ck_initialize_args args = {.flags = 2 /* CKF_OS_LOCKING_OK */, .reserved = reserved};
 	return f->Initialize(&args);
 }
+static ck_rv kf_finalize(ck_functions *f) { return f->Finalize(NULL); }
+// kf_slots lists at most *n slots with a token in them.
+static ck_rv kf_slots(ck_functions *f, ck_ulong *out, ck_ulong *n) { return f->GetSlotList((ck_byte)1, out, n); }
+static ck_rv kf_token_info(ck_functions *f, ck_ulong slot, ck_token_info *out) { return f->GetTokenInfo(slot, out); }
+static ck_rv kf_mechanisms(ck_functions *f, ck_ulong slot, ck_ulong *out, ck_ulong *n) {
+	return f->GetMechanismList(slot, out, n);
+}
+static ck_rv kf_mechanism_info(ck_functions *f, ck_ulong slot, ck_ulong mech, ck_mechanism_info *out) {
+	return f->GetMechanismInfo(slot, mech, out);
+}
+static ck_rv kf_open(ck_functions *f, ck_ulong slot, ck_ulong flags, ck_ulong *s) {
+	return f->OpenSession(slot, flags, NULL, NULL, s);
+}
+static ck_rv kf_close(ck_functions *f, ck_ulong s) { return f->CloseSession(s); }
+static ck_rv kf_session_info(ck_functions *f, ck_ulong s, ck_session_info *out) { return f->GetSessionInfo(s, out); }
+static ck_rv kf_logout(ck_functions *f, ck_ulong s) { return f->Logout(s); }
+static ck_rv kf_find_final(ck_functions *f, ck_ulong s) { return f->FindObjectsFinal(s); }
 static ck_rv kf_login(ck_functions *f, ck_ulong s, ck_ulong user, void *pin, ck_ulong len) {
 	return f->Login(s, user, (ck_byte *)pin, len);
 }

@@ -35,15 +35,3 @@ func (m *Module) after(f Func, rv RV) RV {
 	}
 	return rv
 }
-
-// call makes one call through the hook.
-func (m *Module) call(f Func, do func() error) error {
-	if rv := m.before(f); rv != OK {
-		return rv
-	}
-	rv, err := asRV(do())
-	if err != nil {
-		return err
-	}
-	return m.after(f, rv).err()
-}

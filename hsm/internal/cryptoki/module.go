@@ -2,8 +2,8 @@
 //
 // Everything that Keyferry asks of a token goes through a Module and its
 // Sessions, in typed constants and with buffers known to be large enough, and
-// past one Hook. miekg/pkcs11 loads and initialises the module and does the
-// calls that neither take templates nor return data; see calls.h for the rest.
+// past one Hook. The calls are made by calls.h, which says why; session handles
+// and flags are those of miekg/pkcs11.
 //
 // A call cannot be interrupted: it takes as long as the token takes.
 package cryptoki
@@ -30,7 +30,6 @@ import (
 type Module struct {
 	path string
 	args string // the initialisation string, for the next C_Initialize
-	ctx  *pkcs11.Ctx
 	f    *C.ck_functions
 	hook atomic.Pointer[Hook]
 
@@ -55,14 +54,11 @@ func Load(path, args string) (*Module, error) {
 	defer loaded.Unlock()
 	m := loaded.modules[path]
 	if m == nil {
-		if _, err := open(path); err != nil {
+		f, err := open(path)
+		if err != nil {
 			return nil, err
 		}
-		ctx := pkcs11.New(path)
-		if ctx == nil {
-			return nil, fmt.Errorf("cryptoki: cannot load %s", path)
-		}
-		m = &Module{path: path, ctx: ctx, f: functionsOf(ctx)}
+		m = &Module{path: path, f: f}
 		loaded.modules[path] = m
 	}
 	m.mu.Lock()
@@ -94,21 +90,6 @@ func open(path string) (*C.ck_functions, error) {
 	return nil, fmt.Errorf("cryptoki: %s is not a PKCS#11 module", path)
 }
 
-// functionsOf returns the functions that miekg/pkcs11 calls, so that all calls
-// go to one instance of the module: some, p11-kit's client among them, make
-// another at each C_GetFunctionList. A Ctx holds a pointer to
-//
-//	struct ctx { void *handle; CK_FUNCTION_LIST_PTR sym; };
-//
-// which it does not export. go.mod pins the version in which this is so.
-func functionsOf(ctx *pkcs11.Ctx) *C.ck_functions {
-	inner := *(**struct {
-		handle unsafe.Pointer
-		sym    *C.ck_functions
-	})(unsafe.Pointer(ctx))
-	return inner.sym
-}
-
 // initialize is called with mu held.
 func (m *Module) initialize() error {
 	var reserved *C.char
@@ -132,7 +113,7 @@ func (m *Module) Reinitialize(finalize bool) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if finalize && m.ours && m.refs == 1 {
-		if err := m.call("C_Finalize", m.ctx.Finalize); err != nil && !errors.Is(err, NotInitialized) {
+		if err := m.finalize(); err != nil && !errors.Is(err, NotInitialized) {
 			return err
 		}
 	}
@@ -153,24 +134,15 @@ func (m *Module) Close() error {
 		return nil
 	}
 	m.ours = false
-	err := m.call("C_Finalize", m.ctx.Finalize)
+	err := m.finalize()
 	if errors.Is(err, NotInitialized) {
 		return nil
 	}
 	return err
 }
 
-// asRV turns what miekg/pkcs11 returns into a return value; the error is one
-// that no token made.
-func asRV(err error) (RV, error) {
-	if err == nil {
-		return OK, nil
-	}
-	var e pkcs11.Error
-	if errors.As(err, &e) {
-		return RV(e), nil
-	}
-	return OK, err
+func (m *Module) finalize() error {
+	return m.direct("C_Finalize", func() C.ck_rv { return C.kf_finalize(m.f) }).err()
 }
 
 // Token is what C_GetTokenInfo says of the token in a slot.
@@ -186,66 +158,87 @@ type Token struct {
 	PINCountLow, PINFinalTry, PINLocked bool
 }
 
-// CKF_ flags of C_GetTokenInfo.
-const (
-	flagUserPINInitialized = 0x008
-	flagTokenInitialized   = 0x400
-	flagUserPINCountLow    = 0x10000
-	flagUserPINFinalTry    = 0x20000
-	flagUserPINLocked      = 0x40000
-)
-
 // Tokens lists the tokens that are present. An error may come with a list: it is
 // then about a slot whose token cannot be asked.
 func (m *Module) Tokens() ([]Token, error) {
-	var slots []uint
-	err := m.call("C_GetSlotList", func() (err error) { slots, err = m.ctx.GetSlotList(true); return })
+	slots, err := m.list("C_GetSlotList", func(out, n *C.ck_ulong) C.ck_rv { return C.kf_slots(m.f, out, n) })
 	if err != nil {
 		return nil, err
 	}
 	var out []Token
 	var sick error
 	for _, slot := range slots {
-		var info pkcs11.TokenInfo
-		err := m.call("C_GetTokenInfo", func() (err error) { info, err = m.ctx.GetTokenInfo(slot); return })
+		var info C.ck_token_info
+		err := m.direct("C_GetTokenInfo", func() C.ck_rv { return C.kf_token_info(m.f, slot, &info) }).err()
 		if errors.Is(err, TokenNotPresent) || errors.Is(err, TokenNotRecognized) {
 			continue
 		}
 		if err != nil {
-			sick = fmt.Errorf("slot %d: %w", slot, err)
+			sick = fmt.Errorf("slot %d: %w", uint(slot), err)
 			continue
 		}
 		t := Token{
-			Slot: slot, Label: trim(info.Label), Serial: trim(info.SerialNumber),
-			Manufacturer: trim(info.ManufacturerID), Model: trim(info.Model),
-			Initialized:    info.Flags&flagTokenInitialized != 0,
-			PINInitialized: info.Flags&flagUserPINInitialized != 0,
-			PINCountLow:    info.Flags&flagUserPINCountLow != 0,
-			PINFinalTry:    info.Flags&flagUserPINFinalTry != 0,
-			PINLocked:      info.Flags&flagUserPINLocked != 0,
+			Slot: uint(slot), Label: trim(info.label[:]), Serial: trim(info.serial[:]),
+			Manufacturer: trim(info.manufacturer[:]), Model: trim(info.model[:]),
+			Initialized:    info.flags&pkcs11.CKF_TOKEN_INITIALIZED != 0,
+			PINInitialized: info.flags&pkcs11.CKF_USER_PIN_INITIALIZED != 0,
+			PINCountLow:    info.flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0,
+			PINFinalTry:    info.flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0,
+			PINLocked:      info.flags&pkcs11.CKF_USER_PIN_LOCKED != 0,
 		}
 		// CK_EFFECTIVELY_INFINITE is 0, and some say it as a huge number.
-		if info.MaxSessionCount < 1<<31 {
-			t.MaxSessions = info.MaxSessionCount
+		if info.max_sessions < 1<<31 {
+			t.MaxSessions = uint(info.max_sessions)
 		}
 		out = append(out, t)
 	}
 	return out, sick
 }
 
+// list makes a call that returns a list, again where that has grown between
+// the question for its length and the answer.
+func (m *Module) list(f Func, get func(out, n *C.ck_ulong) C.ck_rv) ([]C.ck_ulong, error) {
+	const tries = 3
+	var rv RV
+	for range tries {
+		var n C.ck_ulong
+		var out []C.ck_ulong
+		rv = m.direct(f, func() C.ck_rv {
+			if rv := get(nil, &n); rv != 0 || n == 0 {
+				return rv
+			}
+			out = make([]C.ck_ulong, n)
+			return get(&out[0], &n)
+		})
+		switch {
+		case rv == BufferTooSmall:
+		case rv != OK:
+			return nil, rv
+		case uint64(n) > uint64(len(out)):
+			return nil, fmt.Errorf("cryptoki: module claims to have listed %d of %d", uint64(n), len(out))
+		default:
+			return out[:n], nil
+		}
+	}
+	return nil, rv
+}
+
 // trim removes the padding of PKCS#11's fixed-length strings.
-func trim(s string) string { return strings.TrimRight(s, " \x00") }
+func trim(b []C.ck_byte) string {
+	return strings.TrimRight(string(unsafe.Slice((*byte)(&b[0]), len(b))), " \x00")
+}
 
 // MechanismList lists what the token in a slot says it can do.
 func (m *Module) MechanismList(slot uint) (map[Mechanism]bool, error) {
-	var list []*pkcs11.Mechanism
-	err := m.call("C_GetMechanismList", func() (err error) { list, err = m.ctx.GetMechanismList(slot); return })
+	list, err := m.list("C_GetMechanismList", func(out, n *C.ck_ulong) C.ck_rv {
+		return C.kf_mechanisms(m.f, C.ck_ulong(slot), out, n)
+	})
 	if err != nil {
 		return nil, err
 	}
 	out := make(map[Mechanism]bool, len(list))
-	for _, e := range list {
-		out[Mechanism(e.Mechanism)] = true
+	for _, mech := range list {
+		out[Mechanism(mech)] = true
 	}
 	return out, nil
 }
@@ -283,10 +276,9 @@ var zero [1]byte
 // KeySizes returns the least and the greatest key size of a mechanism, in
 // bits for RSA. MechanismInvalid if the token does not have it.
 func (m *Module) KeySizes(slot uint, mech Mechanism) (least, greatest int, err error) {
-	var info pkcs11.MechanismInfo
-	err = m.call("C_GetMechanismInfo", func() (err error) {
-		info, err = m.ctx.GetMechanismInfo(slot, []*pkcs11.Mechanism{pkcs11.NewMechanism(uint(mech), nil)})
-		return
-	})
-	return int(info.MinKeySize), int(info.MaxKeySize), err
+	var info C.ck_mechanism_info
+	err = m.direct("C_GetMechanismInfo", func() C.ck_rv {
+		return C.kf_mechanism_info(m.f, C.ck_ulong(slot), C.ck_ulong(mech), &info)
+	}).err()
+	return int(info.min_key), int(info.max_key), err
 }

@@ -54,20 +54,23 @@ const (
 // OpenSession opens a session on the token in a slot; all are read-write.
 func (m *Module) OpenSession(slot uint) (*Session, error) {
 	s := &Session{m: m}
-	err := m.call("C_OpenSession", func() (err error) {
-		s.h, err = m.ctx.OpenSession(slot, pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION)
-		return
+	var h C.ck_ulong
+	rv := m.direct("C_OpenSession", func() C.ck_rv {
+		return C.kf_open(m.f, C.ck_ulong(slot), pkcs11.CKF_SERIAL_SESSION|pkcs11.CKF_RW_SESSION, &h)
 	})
-	if err != nil {
-		return nil, err
+	if rv != OK {
+		return nil, rv
 	}
+	s.h = pkcs11.SessionHandle(h)
 	return s, nil
 }
 
 // Close ends the session and destroys its session objects. It is tried twice: a
 // session that stays open is lost to everybody.
 func (s *Session) Close() error {
-	end := func() error { return s.m.call("C_CloseSession", func() error { return s.m.ctx.CloseSession(s.h) }) }
+	end := func() error {
+		return s.m.direct("C_CloseSession", func() C.ck_rv { return C.kf_close(s.m.f, C.ck_ulong(s.h)) }).err()
+	}
 	if end() == nil {
 		return nil
 	}
@@ -80,10 +83,10 @@ func (s *Session) Close() error {
 
 // LoggedIn reports whether the normal user is logged in.
 func (s *Session) LoggedIn() (bool, error) {
-	var info pkcs11.SessionInfo
-	err := s.m.call("C_GetSessionInfo", func() (err error) { info, err = s.m.ctx.GetSessionInfo(s.h); return })
+	var info C.ck_session_info
+	err := s.m.direct("C_GetSessionInfo", func() C.ck_rv { return C.kf_session_info(s.m.f, C.ck_ulong(s.h), &info) }).err()
 	const rwUser = 3 // CKS_RW_USER_FUNCTIONS
-	return info.State == rwUser, err
+	return info.state == rwUser, err
 }
 
 // Login logs the whole application in. It never retries.
@@ -95,7 +98,7 @@ func (s *Session) Login(u User, pin []byte) error {
 
 // Logout logs the whole application out.
 func (s *Session) Logout() error {
-	return s.m.call("C_Logout", func() error { return s.m.ctx.Logout(s.h) })
+	return s.m.direct("C_Logout", func() C.ck_rv { return C.kf_logout(s.m.f, C.ck_ulong(s.h)) }).err()
 }
 
 // InitPIN sets the user PIN; the SO must be logged in.
@@ -190,7 +193,7 @@ func (s *Session) FindObjects(t *Template) ([]Handle, error) {
 			break
 		}
 	}
-	final := s.m.call("C_FindObjectsFinal", func() error { return s.m.ctx.FindObjectsFinal(s.h) })
+	final := s.m.direct("C_FindObjectsFinal", func() C.ck_rv { return C.kf_find_final(f, h) }).err()
 	if err = errors.Join(err, final); err != nil {
 		return nil, err
 	}
@@ -256,7 +259,7 @@ func CTR(m Mechanism, first []byte) Params {
 }
 
 // Unwrap unwraps a key inside the token. Empty input is answered as the token
-// would answer it, without a call: miekg/pkcs11 panics on it, some modules crash.
+// would answer it, without a call: some modules crash on it.
 func (s *Session) Unwrap(p Params, key Handle, wrapped []byte, t *Template) (Handle, error) {
 	if len(wrapped) == 0 {
 		return 0, WrappedKeyLenRange
