@@ -84,6 +84,8 @@ type Config struct {
 
 	SweepInterval time.Duration // 0: one second
 	ManualSweep   bool          // only Sweep sweeps, for tests
+
+	bounds bounds // zero: defaultBounds
 }
 
 // Validate returns everything that is wrong with a Config.
@@ -137,6 +139,7 @@ type Engine struct {
 	attempts      attempts
 	failures      failures
 
+	bounds    bounds
 	authority *authority
 
 	// The log of receipts.
@@ -171,16 +174,24 @@ type Engine struct {
 // errClosed is the cause of an Unavailable after Close.
 var errClosed = errors.New("engine: closed")
 
-// closeTimeout bounds what is cleaned up after a context has ended.
+// errBusy is the cause of an Unavailable of Close itself.
+var errBusy = errors.New("engine: calls to the token or the store have not returned; they were left behind")
+
+// closeTimeout bounds Close, and what is cleaned up after a context has ended.
 const closeTimeout = 10 * time.Second
 
 // New starts an Engine: it clears away what a crash left in the token and
 // begins to fill the pools of wrapping pairs and to sweep. ctx is for the start
-// only.
+// only; a token that does not answer is given up after minutes without it.
 func New(ctx context.Context, cfg Config) (*Engine, error) {
 	if err := cfg.Validate(); err != nil {
 		return nil, err
 	}
+	if cfg.bounds == (bounds{}) {
+		cfg.bounds = defaultBounds
+	}
+	ctx, cancel := context.WithTimeout(ctx, cfg.bounds.pass)
+	defer cancel()
 	instance, err := cfg.Store.Instance(ctx)
 	if err != nil {
 		return nil, storeError(err)
@@ -195,6 +206,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		log:           cfg.Logger,
 		now:           cfg.Now,
 		observer:      cfg.Observer,
+		bounds:        cfg.bounds,
 		instance:      instance,
 		specs:         cfg.PairSpecs,
 		pairBound:     orDefault(cfg.PairBound, 64),
@@ -254,6 +266,10 @@ func orDefault[T int | time.Duration](value, otherwise T) T {
 
 // Close ends everything the Engine does of its own accord, closes the open keys,
 // signs the log of receipts and writes down the counts of uses. Requests under way fail or finish.
+//
+// It returns within 10 seconds. What does not end in that time, because a call
+// to the token does not return, is left behind, and is Unavailable; a count that
+// was not written is made up for at the next start.
 func (e *Engine) Close() error {
 	e.mu.Lock()
 	already := e.closed
@@ -264,10 +280,17 @@ func (e *Engine) Close() error {
 	}
 	e.store.Watch(nil)
 	e.end()
-	e.working.Wait()
-	e.cache.close()
-	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
+	ctx, cancel := context.WithTimeout(context.Background(), e.bounds.close)
 	defer cancel()
+	// Some of the time is kept for the log and the counts, which other sessions
+	// of the token may still serve.
+	waiting, stop := context.WithTimeout(ctx, e.bounds.close*4/5)
+	defer stop()
+	var busy error
+	idle := finished(waiting, e.working.Wait)
+	if !finished(waiting, e.cache.close) || !idle {
+		busy = &Error{Kind: Unavailable, cause: errBusy}
+	}
 	if e.receiptKey != nil {
 		// What is not signed now is at the next start.
 		if err := e.extendLog(ctx); err != nil {
@@ -279,7 +302,7 @@ func (e *Engine) Close() error {
 	for _, lease := range []string{generatorLease, sweepLease} {
 		_, _ = e.store.Lease(ctx, lease, e.node, 0)
 	}
-	return e.usage.flush(ctx)
+	return errors.Join(busy, e.usage.flush(ctx))
 }
 
 // findReceiptKey asks the token for the key that signs the log of receipts. A

@@ -48,3 +48,8 @@ func (e *Engine) OpenKeys() int {
 	defer e.cache.mu.Unlock()
 	return e.cache.recent.Len()
 }
+
+// SetBounds replaces the bounds of what the Engine does of its own accord.
+func (c *Config) SetBounds(pass, notice, grace, end time.Duration) {
+	c.bounds = bounds{pass: pass, notice: notice, grace: grace, close: end}
+}

@@ -92,8 +92,13 @@ const (
 // after a pause that doubles.
 func (e *Engine) generate(ctx context.Context) {
 	pause := firstPause
+	w := &worker{name: "wrapping pairs"}
 	for ctx.Err() == nil {
-		idle, err := e.fill(ctx)
+		idle := false
+		err := e.pass(ctx, w, func(ctx context.Context) (err error) {
+			idle, err = e.fill(ctx)
+			return err
+		})
 		switch {
 		case err != nil && ctx.Err() == nil:
 			e.log.LogAttrs(ctx, slog.LevelError, "no wrapping pair could be made",
@@ -153,12 +158,15 @@ func (e *Engine) fill(ctx context.Context) (idle bool, err error) {
 // addPair makes a pair in the token and then its row. Without the row the pair
 // is destroyed again; if that fails too, the next start finds it.
 func (e *Engine) addPair(ctx context.Context, offer WrappingOffer) error {
+	// Close lets a pair that is nearly made have its row.
+	making, stop := e.graced(ctx)
+	defer stop()
 	generate := e.token.GeneratePair
 	spec, custody := ofKind(offer.Spec)
 	if custody == hsm.Resident {
 		generate = e.token.GenerateResidentPair
 	}
-	info, err := generate(ctx, e.instance, e.second(), spec, offer.Algorithm)
+	info, err := generate(making, e.instance, e.second(), spec, offer.Algorithm)
 	if err != nil {
 		return err
 	}

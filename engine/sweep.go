@@ -20,10 +20,11 @@ const sweepBatch = 100
 func (e *Engine) sweepEvery(ctx context.Context, interval time.Duration) {
 	ticker := time.NewTicker(interval)
 	defer ticker.Stop()
+	w := &worker{name: "sweep"}
 	for {
 		select {
 		case <-ticker.C:
-			if err := e.Sweep(ctx); err != nil && ctx.Err() == nil {
+			if err := e.pass(ctx, w, e.Sweep); err != nil && ctx.Err() == nil {
 				e.log.LogAttrs(ctx, slog.LevelError, "the sweep could not do all its work", slog.Any("error", err))
 			}
 		case <-ctx.Done():

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
-	"sync"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
@@ -72,12 +71,15 @@ func Init(ctx context.Context, cfg InitConfig) (Pins, error) {
 	if err := ctx.Err(); err != nil {
 		return Pins{}, err
 	}
-	mod, err := p11.Load(cfg.Module, cfg.InitArgs)
-	if err != nil {
-		return Pins{}, fmt.Errorf("%w: %v", ErrUnavailable, err)
-	}
-	pins, err := initKeys(mod, cfg)
-	return pins, errors.Join(fault("initialise the token's keys", err), mod.Close())
+	return leaving(ctx, func() (Pins, error) {
+		mod, err := p11.Load(cfg.Module, cfg.InitArgs)
+		if err != nil {
+			return Pins{}, fmt.Errorf("%w: %v", ErrUnavailable, err)
+		}
+		pins, err := initKeys(mod, cfg)
+		return pins, errors.Join(fault("initialise the token's keys", err), mod.Close())
+	}, func(Pins, error) {}) // Init run again finds what was made
+
 }
 
 func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
@@ -197,9 +199,9 @@ func present(s *p11.Session, r rules, proven sm, pinned Pins) (out Pins, err err
 	return out, nil
 }
 
-// initialising makes InitToken of one process take turns: two would take the
-// same slot.
-var initialising sync.Mutex
+// initialising is held by InitToken, so that those of one process take turns:
+// two would take the same slot.
+var initialising = make(chan struct{}, 1)
 
 // InitToken initialises the one slot of a module whose token never was, sets
 // both PINs, and returns the token's serial. A slot that is initialised is
@@ -207,13 +209,25 @@ var initialising sync.Mutex
 // unless its user PIN was never set: then an earlier InitToken was cut short,
 // and this one ends it with the same SO PIN.
 //
-// The PINs must have MinPINLen bytes; the slices are wiped.
+// The PINs must have MinPINLen bytes; the slices are wiped. When ctx ends
+// InitToken returns, even where a call to the token has not; it is gone through
+// with all the same when that returns.
 func InitToken(ctx context.Context, module, label string, soPIN, userPIN func() ([]byte, error)) (serial string, err error) {
-	initialising.Lock()
-	defer initialising.Unlock()
-	if err := ctx.Err(); err != nil {
-		return "", err
+	select {
+	case initialising <- struct{}{}:
+	case <-ctx.Done():
+		return "", fmt.Errorf("%w: another token is being initialised: %w", ErrUnavailable, ctx.Err())
 	}
+	return leaving(ctx, func() (string, error) {
+		defer func() { <-initialising }()
+		if err := ctx.Err(); err != nil {
+			return "", err
+		}
+		return initToken(module, label, soPIN, userPIN)
+	}, func(string, error) {})
+}
+
+func initToken(module, label string, soPIN, userPIN func() ([]byte, error)) (serial string, err error) {
 	if label == "" || len(label) > 32 {
 		return "", errors.New("hsm: a token's label has 1 to 32 bytes")
 	}

@@ -161,8 +161,9 @@ type Token struct {
 
 // Open opens the token, logs in once, and proves by known answers what it can
 // do and that its keys are the pinned ones. It takes the time of generating
-// one RSA-2048 pair. A token that cannot keep a rule is refused with an
-// ExceptionError unless Config.Accept has the exception.
+// one RSA-2048 pair. When ctx ends it returns, even where a call to the token
+// has not; what that opens is closed again. A token that cannot keep a rule is
+// refused with an ExceptionError unless Config.Accept has the exception.
 //
 // Errors: ErrPIN, ErrUntrusted (another serial, another vault, an object with
 // CKA_TRUSTED that is not ours), ErrUnsupported, ErrUnavailable.
@@ -186,19 +187,19 @@ func openBy(ctx context.Context, cfg Config, verify func(*connection, *p11.Sessi
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	mod, err := p11.Load(cfg.Module, cfg.InitArgs)
-	if err != nil {
-		return nil, fmt.Errorf("%w: %v", ErrUnavailable, err)
-	}
-	t := &Token{cfg: cfg, log: cfg.Logger, mod: mod, back: make(chan struct{}), closed: make(chan struct{}), verify: verify}
-	return within(ctx, t.open, func(late *Token, err error) {
+	return leaving(ctx, func() (*Token, error) { return open(cfg, verify) }, func(late *Token, err error) {
 		if err == nil {
 			_ = late.Close() // nobody learns of it
 		}
 	})
 }
 
-func (t *Token) open() (*Token, error) {
+func open(cfg Config, verify func(*connection, *p11.Session) error) (*Token, error) {
+	mod, err := p11.Load(cfg.Module, cfg.InitArgs)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %v", ErrUnavailable, err)
+	}
+	t := &Token{cfg: cfg, log: cfg.Logger, mod: mod, back: make(chan struct{}), closed: make(chan struct{}), verify: verify}
 	c, _, err := t.connect()
 	if err != nil {
 		return nil, errors.Join(err, t.mod.Close())

@@ -75,7 +75,7 @@ func (c *connection) with(ctx context.Context, f func(s *session) error) error {
 
 // leave counts a call that its caller has left behind.
 func (c *connection) leave() {
-	c.t.log.Warn("the token has not answered a call by its caller's deadline; the call keeps its session",
+	c.t.log.Warn("the token has not answered a call by the time its caller gave up; the call keeps its session",
 		"token", c.t.cfg.Label, "unanswered", c.left.Add(1))
 }
 
@@ -130,6 +130,12 @@ func within[T any](ctx context.Context, work func() (T, error), late func(T, err
 	if _, bounded := ctx.Deadline(); !bounded {
 		return work()
 	}
+	return leaving(ctx, work, late)
+}
+
+// leaving is within where ctx need not have a deadline: a person may interrupt
+// what is done once, such as the opening of a token.
+func leaving[T any](ctx context.Context, work func() (T, error), late func(T, error)) (T, error) {
 	type result struct {
 		value    T
 		err      error

@@ -2,6 +2,7 @@ package hsm_test
 
 import (
 	"context"
+	"errors"
 	"runtime"
 	"slices"
 	"strings"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/keyferry/keyferry/hsm"
 	"github.com/keyferry/keyferry/hsm/hsmtest"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 func inParallel(t *testing.T, n int, f func(i int)) {
@@ -230,4 +232,53 @@ func TestCallersAreServedInOrder(t *testing.T) {
 	staying.Wait()
 	require.Len(t, served, callers*4/5)
 	require.True(t, slices.IsSorted(served), "%v", served)
+}
+
+// What is done once, with no deadline, comes back when it is interrupted, and
+// in the way of nobody.
+func TestCeremonyIsInterrupted(t *testing.T) {
+	soft := softhsm.New(t)
+	tap := hsmtest.On(t, soft.Module)
+	interrupted := func(call string, work func(ctx context.Context) error) {
+		t.Helper()
+		hanging, release := hang(tap, call)
+		defer release()
+		ctx, interrupt := context.WithCancel(context.Background())
+		ended := make(chan error, 1)
+		go func() { ended <- work(ctx) }()
+		<-hanging
+		interrupt()
+		err := <-ended
+		require.ErrorIs(t, err, hsm.ErrUnavailable)
+		require.ErrorIs(t, err, context.Canceled)
+	}
+	ceremony := func(ctx context.Context) (err error) {
+		soft.Pins, err = hsm.Init(ctx, hsm.InitConfig{Module: soft.Module, Label: soft.Label, SOPIN: soft.SOPIN, UserPIN: soft.UserPIN})
+		return err
+	}
+	interrupted("C_Login", ceremony)
+	require.Eventually(t, func() bool { return tap.Sessions() == 0 }, waitFor, tick)
+	require.NoError(t, ceremony(context.Background()))
+	interrupted("C_Login", func(ctx context.Context) error {
+		_, err := hsm.Open(ctx, soft.Config())
+		return err
+	})
+	require.Eventually(t, func() bool { return tap.Sessions() == 0 }, waitFor, tick)
+	open(t, soft.Config())
+
+	// Another slot, behind one that waits for the same.
+	initToken := func(ctx context.Context) error {
+		_, err := hsm.InitToken(ctx, soft.Module, soft.Label+"2", soft.SOPIN, soft.UserPIN)
+		return err
+	}
+	hanging, release := hang(tap, "C_InitToken")
+	ctx, interrupt := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- initToken(ctx) }()
+	<-hanging
+	require.ErrorIs(t, initToken(soon(t)), hsm.ErrUnavailable)
+	interrupt()
+	require.ErrorIs(t, <-ended, context.Canceled)
+	release()
+	require.Eventually(t, func() bool { return errors.Is(initToken(context.Background()), hsm.ErrUntrusted) }, waitFor, tick, "it is made at last")
 }
