@@ -68,7 +68,9 @@ type ObjectCounts struct {
 // An error means that the token could not be examined: ErrPIN, ErrUntrusted
 // (no such token, or two), ErrUnavailable. What is wrong with the token itself
 // is in the Examination.
-func Examine(ctx context.Context, cfg Config, thorough bool) (_ *Examination, err error) {
+//
+// When ctx ends it returns, even where a call to the token has not.
+func Examine(ctx context.Context, cfg Config, thorough bool) (*Examination, error) {
 	if cfg.PIN == nil {
 		return nil, errors.New("hsm: Config.PIN is nil")
 	}
@@ -78,6 +80,10 @@ func Examine(ctx context.Context, cfg Config, thorough bool) (_ *Examination, er
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
+	return leaving(ctx, func() (*Examination, error) { return examine(cfg, thorough) }, func(*Examination, error) {})
+}
+
+func examine(cfg Config, thorough bool) (_ *Examination, err error) {
 	mod, err := p11.Load(cfg.Module, cfg.InitArgs)
 	if err != nil {
 		return nil, fmt.Errorf("%w: %v", ErrUnavailable, err)

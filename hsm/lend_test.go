@@ -266,6 +266,11 @@ func TestCeremonyIsInterrupted(t *testing.T) {
 	require.Eventually(t, func() bool { return tap.Sessions() == 0 }, waitFor, tick)
 	open(t, soft.Config())
 
+	interrupted("C_Login", func(ctx context.Context) error {
+		_, err := hsm.Examine(ctx, soft.Config(), false)
+		return err
+	})
+
 	// Another slot, behind one that waits for the same.
 	initToken := func(ctx context.Context) error {
 		_, err := hsm.InitToken(ctx, soft.Module, soft.Label+"2", soft.SOPIN, soft.UserPIN)
