@@ -119,8 +119,8 @@ func (m *Module) Reinitialize(finalize bool) error {
 	}
 	ours := m.ours
 	err := m.initialize()
-	if err == nil && !m.ours {
-		m.ours = ours // still initialised, by whoever did it before
+	if !m.ours {
+		m.ours = ours // still initialised, or to be by the next attempt, as before
 	}
 	return err
 }
