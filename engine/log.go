@@ -68,9 +68,6 @@ func (e *Engine) readLog(ctx context.Context) (*logState, error) {
 	}
 	e.headMu.Lock()
 	last := e.lastHead
-	if state.head.Size > last.Size {
-		e.lastHead = state.head
-	}
 	e.headMu.Unlock()
 	if state.head.Size == last.Size && state.head.Root != last.Root {
 		return nil, e.spoiltLog(ctx, errPutBack)
@@ -86,7 +83,33 @@ func (e *Engine) readLog(ctx context.Context) (*logState, error) {
 		return e.readLog(ctx)
 	}
 	state.hashes = tlog.TileHashReader(tlog.Tree{N: state.head.Size, Hash: state.head.Root}, &tiles{ctx: ctx, store: e.store})
+	if err := e.follow(state, last); err != nil {
+		return nil, e.spoiltLog(ctx, err)
+	}
 	return state, nil
+}
+
+// follow makes sure that a longer log still has what this process has seen: one
+// that was put back may have been extended by another process since.
+func (e *Engine) follow(log *logState, last receipt.Head) error {
+	if log.head.Size == last.Size {
+		return nil
+	}
+	if last.Size > 0 {
+		proof, err := log.proveSince(last.Size)
+		if err != nil {
+			return err
+		}
+		if tlog.CheckTree(proof, log.head.Size, log.head.Root, last.Size, last.Root) != nil {
+			return errPutBack
+		}
+	}
+	e.headMu.Lock()
+	defer e.headMu.Unlock()
+	if log.head.Size > e.lastHead.Size {
+		e.lastHead = log.head
+	}
+	return nil
 }
 
 // spoiltLog is for a log that does not verify.

@@ -476,3 +476,38 @@ func TestDatabasePutBack(t *testing.T) {
 	_, err = h.verifyLog(t, kept)
 	require.ErrorIs(t, err, receipt.ErrForked)
 }
+
+// A process that has seen more notices it, too, also when another one, which
+// has not, has made the log longer again.
+func TestDatabasePutBackUnderANode(t *testing.T) {
+	log, logger := newLog()
+	h := newHouse(t, with(func(c *engine.Config) { c.Logger = logger }))
+	keyID, material := h.enabledKey(t)
+	h.receipt(t, engine.ReceiptInput{KeyID: keyID})
+	var tables []*rows
+	for _, name := range []string{"cmk", "receipt", "receipt_tile", "receipt_log"} {
+		tables = append(tables, h.rows(t, name))
+	}
+	h.importInto(t, keyID, material)
+	h.receipt(t, engine.ReceiptInput{KeyID: keyID})
+	h.exec(t, "DELETE FROM receipt")
+	for _, r := range tables {
+		r.restore(t)
+	}
+	other, err := engine.New(t.Context(), h.cfg)
+	require.NoError(t, err)
+	in := input(t, h.parameters(t, keyID), material)
+	for range 2 {
+		_, err = other.ImportKeyMaterial(t.Context(), in)
+		require.NoError(t, err)
+	}
+	longer, err := other.LogHead(t.Context())
+	require.NoError(t, err)
+	require.EqualValues(t, 3, longer.Size)
+	for range 2 {
+		_, err = h.LogHead(t.Context())
+		requireKind(t, engine.Internal, err)
+	}
+	require.Contains(t, log.String(), "someone put it back")
+	require.NoError(t, other.Close())
+}
