@@ -3,7 +3,8 @@
 # SoftHSM2, builds keyferryd and our own SoftHSM2 there, puts them into an image
 # and tests what softhsm/compose.yaml makes of it from outside.
 #
-#   test-container.sh --build   only builds the image
+#   test-container.sh --build     only builds the image
+#   test-container.sh --outside   leaves out the suite in the container
 #
 # No registry but the distribution's packages is needed: the base image is made
 # on the spot where it cannot be pulled, and the Go toolchain and the modules
@@ -11,8 +12,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-tests=yes
-[ "${1:-}" != --build ] || tests=
+inside=yes outside=yes
+case ${1:-} in
+--build) inside="" outside="" ;;
+--outside) inside="" ;;
+esac
 stock=/usr/lib/softhsm/libsofthsm2.so # in the image
 
 say() { printf '== %s\n' "$*"; }
@@ -43,15 +47,15 @@ suite=$(docker create -i --init --network none \
   -v keyferry-go-cache:/home/keyferry/.cache \
   -v keyferry-build:/home/keyferry/src/build \
   -e KEYFERRY_SOFTHSM_TARBALL=/softhsm/softhsm2_2.6.1.orig.tar.gz \
-  keyferry-test bash -euc "tar -xf - && id -un && make softhsm build && ${tests:+KEYFERRY_SOFTHSM_MODULE=$stock make test race= &&} cp build/softhsm/lib/softhsm/libsofthsm2.so bin/")
-say "building${tests:+ and running the tests} in a container"
+  keyferry-test bash -euc "tar -xf - && id -un && make softhsm build && ${inside:+KEYFERRY_SOFTHSM_MODULE=$stock make test race= &&} cp build/softhsm/lib/softhsm/libsofthsm2.so bin/")
+say "building${inside:+ and running the tests} in a container"
 tar -cf - --exclude=./.git --exclude=./bin --exclude=./build . | docker start -ai "$suite"
 
 say "building the image of keyferryd"
 docker cp "$suite:/home/keyferry/src/bin/." "$work/"
 cp softhsm/keyferryd.yaml "$work/"
 docker build -q -t keyferry/keyferryd -f softhsm/keyferryd.Dockerfile "$work" >/dev/null
-[ -n "$tests" ] || exit 0
+[ -n "$outside" ] || exit 0
 
 say "testing keyferryd in containers from outside"
 go test -count=1 -tags container -run TestContainer -v -timeout 10m ./cmd/keyferryd
