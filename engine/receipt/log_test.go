@@ -225,9 +225,10 @@ func TestReadOutline(t *testing.T) {
 func TestLogProblemsAreText(t *testing.T) {
 	k := newKMS(t)
 	name := "key\x1b[2K\nVerified: all"
-	e := k.imports(t, name)
 	k.imports(t, name)
-	e.Revision, e.Previous = 9, receipt.Hash{1}
+	k.imports(t, name)
+	e := sample()
+	e.Log, e.KeyID, e.Revision, e.Previous = k.log, name, 9, receipt.Hash{1}
 	k.add(t, e.Text()) // follows nothing
 	file := strings.Replace(k.logFile(t), "kcv 02", "kcv 03", 1)
 	_, err := receipt.VerifyLog(strings.NewReader(file), k.public, receipt.LogChecks{})
