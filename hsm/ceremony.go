@@ -79,7 +79,6 @@ func Init(ctx context.Context, cfg InitConfig) (Pins, error) {
 		pins, err := initKeys(mod, cfg)
 		return pins, errors.Join(fault("initialise the token's keys", err), mod.Close())
 	}, func(Pins, error) {}) // Init run again finds what was made
-
 }
 
 func initKeys(mod *p11.Module, cfg InitConfig) (Pins, error) {
