@@ -161,6 +161,9 @@ func (d *diagnosis) checkCapabilities(x *hsm.Examination, cfg *config) {
 	if err := caps.Offers(hsm.RSA2048, hsm.PKCS1v15); err != nil && cfg.Token.AllowPKCS1v15 {
 		d.problem("token.allow_pkcs1_v15 asks for what the token has not: "+plain(err), "take it out")
 	}
+	if f := caps.Finding(hsm.FindResident); cfg.custody() == hsm.Resident && f.Verdict != hsm.Proven {
+		d.problem("custody: resident asks for what the token has not: "+f.Evidence, "take it out, or use another token")
+	}
 	for _, spec := range []hsm.MaterialSpec{hsm.AES256, hsm.SM4} {
 		m := keySpec{Spec: spec, Usable: true}
 		if err := caps.Usable(spec); err != nil {

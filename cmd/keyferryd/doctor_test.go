@@ -113,6 +113,7 @@ func TestDoctor(t *testing.T) {
 		"no database":        {"sqlite: keyferry.db", "sqlite: other.db", "there is no database"},
 		"not a database":     {"sqlite: keyferry.db", "sqlite: keyferryd.yaml", "is no database of SQLite"},
 		"a profile it lacks": {"label: site", "label: site\n  profile: luna", "has neither SM4 nor SM2"},
+		"a custody it lacks": {"access_keys:", "custody: resident\naccess_keys:", "custody: resident asks for what the token has not"},
 		"no such exception":  {"label: site", "label: site\n  accept: [everything]", "there is no exception"},
 		"no such trust":      {"access_keys:", "vault: {trusted: perhaps}\naccess_keys:", "neither vendor-tool nor unavailable"},
 		"a size it lacks":    {"access_keys:", "wrapping_pairs: {specs: [RSA_1024]}\naccess_keys:", "RSA_1024"},

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"slices"
 	"text/tabwriter"
 
 	"github.com/keyferry/keyferry/hsm"
@@ -74,7 +75,11 @@ func (d *diagnosis) tables(out *bytes.Buffer) {
 		_, _ = fmt.Fprintf(table, "  %s\t%s\t%s\n", yes(len(k.Found) > 0 && k.Problem == ""), k.Name, state)
 	}
 	_ = table.Flush()
-	_, _ = fmt.Fprintf(out, "\nWhat holds on it\n")
+	but := ""
+	if slices.ContainsFunc(d.Holes, func(h hole) bool { return h.State != "closed" }) {
+		but = ", unless by a hole below that is open or unknown"
+	}
+	_, _ = fmt.Fprintf(out, "\nWhat holds on it%s\n", but)
 	for _, g := range d.Guarantees {
 		_, _ = fmt.Fprintf(out, "  %-3s  %s\n", yes(g.Holds), g.Statement)
 		for _, why := range g.Because {
