@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -95,6 +96,11 @@ func (o *importOptions) run(ctx context.Context, std *streams) error {
 		return err
 	}
 	defer wipe(material)
+	if o.receipt != "" { // nor for a receipt that has no place
+		if _, err := os.Lstat(o.receipt); err == nil {
+			return withHint(fmt.Errorf("%s is there already, nothing was imported", o.receipt), "give another name to --receipt")
+		}
+	}
 	key, err := o.key(ctx, std, c, material)
 	if err != nil {
 		return err
