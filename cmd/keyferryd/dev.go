@@ -23,7 +23,8 @@ func devCommand() *cobra.Command {
 database and one access key are made in it, and from then on it comes back with
 everything. It must be a directory that no other user can write to.
 DIR/credentials.json tells clients how to get in and DIR/token.json
-where the token is; both are there before the port answers.
+where the token is; both are there before the port answers. DIR/keyferryd.yaml
+is for the --config of doctor and receipt-key.
 
 This is for development. Whoever can read DIR has every key in it.`,
 		Args: cobra.NoArgs,
