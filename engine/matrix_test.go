@@ -292,7 +292,7 @@ func (r *ruin) noOrphans(t *testing.T) {
 	r.rest(t)
 	pairs, err := r.cfg.Token.Pairs(t.Context(), r.instance)
 	require.NoError(t, err)
-	r.waitForPairs(t, len(pairs))
+	r.waitForAllPairs(t, len(pairs))
 	own := 3 // vault, MAC key and the receipt key
 	if r.cfg.Token.Usable(hsm.SM4) == nil {
 		own++ // the SM4 vault

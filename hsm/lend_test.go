@@ -264,12 +264,13 @@ func TestCeremonyIsInterrupted(t *testing.T) {
 		return err
 	})
 	require.Eventually(t, func() bool { return tap.Sessions() == 0 }, waitFor, tick)
-	open(t, soft.Config())
+	require.NoError(t, open(t, soft.Config()).Close())
 
 	interrupted("C_Login", func(ctx context.Context) error {
 		_, err := hsm.Examine(ctx, soft.Config(), false)
 		return err
 	})
+	require.Eventually(t, func() bool { return tap.Sessions() == 0 }, waitFor, tick)
 
 	// Another slot, behind one that waits for the same.
 	initToken := func(ctx context.Context) error {
