@@ -103,6 +103,8 @@ func TestDoctor(t *testing.T) {
 		require.Contains(t, strings.Join(d.Next, "\n"), "pin the vault AES-256 that is on the token")
 		require.Contains(t, text, `"keyferryd init" would`)
 	})
+	s.write(t, "keyferryd.yaml", string(pinned))
+	d, _ = s.doctor(t, 0)
 	cfg, err := parseConfig(pinned)
 	require.NoError(t, err)
 	for name, c := range map[string]struct{ old, new, says string }{
@@ -113,7 +115,6 @@ func TestDoctor(t *testing.T) {
 		"no database":        {"sqlite: keyferry.db", "sqlite: other.db", "there is no database"},
 		"not a database":     {"sqlite: keyferry.db", "sqlite: keyferryd.yaml", "is no database of SQLite"},
 		"a profile it lacks": {"label: site", "label: site\n  profile: luna", "has neither SM4 nor SM2"},
-		"a custody it lacks": {"access_keys:", "custody: resident\naccess_keys:", "custody: resident asks for what the token has not"},
 		"no such exception":  {"label: site", "label: site\n  accept: [everything]", "there is no exception"},
 		"no such trust":      {"access_keys:", "vault: {trusted: perhaps}\naccess_keys:", "neither vendor-tool nor unavailable"},
 		"a size it lacks":    {"access_keys:", "wrapping_pairs: {specs: [RSA_1024]}\naccess_keys:", "RSA_1024"},
@@ -128,6 +129,18 @@ func TestDoctor(t *testing.T) {
 			require.Contains(t, text, c.says)
 		})
 	}
+	t.Run("custody resident", func(t *testing.T) {
+		s.write(t, "keyferryd.yaml", strings.Replace(string(pinned), "access_keys:", "custody: resident\naccess_keys:", 1))
+		status := statusProblem
+		for _, f := range d.Capabilities {
+			if f.ID == hsm.FindValueLen && f.Verdict == hsm.Proven {
+				status = 0
+			}
+		}
+		d, _ := s.doctor(t, status)
+		require.Equal(t, status == 0, d.Ready)
+		require.Equal(t, status != 0, strings.Contains(fmt.Sprint(d.Problems), "custody: resident asks for what the token has not"))
+	})
 	t.Run("superfluous exception", func(t *testing.T) {
 		s.write(t, "keyferryd.yaml", strings.Replace(string(pinned), "label: site", "label: site\n  accept: [copyable-ignored]", 1))
 		d, _ := s.doctor(t, 0)
