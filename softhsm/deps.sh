@@ -101,9 +101,9 @@ missing() {
   module >/dev/null || echo softhsm2
   PATH="$deps/usr/bin:$PATH" command -v openssl >/dev/null || echo openssl
   command -v "${CC:-gcc}" >/dev/null || echo gcc libc6-dev
-  spy >/dev/null || echo opensc-pkcs11
-  PATH="$deps/usr/bin:$PATH" command -v p11-kit >/dev/null || echo p11-kit p11-kit-modules
   if [ "$purpose" = test ]; then
+    spy >/dev/null || echo opensc-pkcs11
+    PATH="$deps/usr/bin:$PATH" command -v p11-kit >/dev/null || echo p11-kit p11-kit-modules
     postgres >/dev/null || echo postgresql
     # NSS is a token that tests run on, and so is opencryptoki's, whose daemon
     # nobody but root starts.
