@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # test-container.sh: runs the whole suite in a container on the distribution's
 # SoftHSM2, builds keyferryd and our own SoftHSM2 there, puts them into an image
-# and tests what softhsm/compose.yaml makes of it from outside.
+# and tests from outside what softhsm/compose.yaml makes of it, and what
+# softhsm/compose.nodes.yaml does, with a PostgreSQL.
 #
 #   test-container.sh --build     only builds the image
 #   test-container.sh --outside   leaves out the suite in the container
@@ -51,10 +52,11 @@ suite=$(docker create -i --init --network none \
 say "building${inside:+ and running the tests} in a container"
 tar -cf - --exclude=./.git --exclude=./bin --exclude=./build . | docker start -ai "$suite"
 
-say "building the image of keyferryd"
+say "building the images of keyferryd and of PostgreSQL"
 docker cp "$suite:/home/keyferry/src/bin/." "$work/"
-cp softhsm/keyferryd.yaml "$work/"
+cp softhsm/keyferryd.yaml softhsm/keyferryd-nodes.yaml "$work/"
 docker build -q -t keyferry/keyferryd -f softhsm/keyferryd.Dockerfile "$work" >/dev/null
+docker build -q -t keyferry/postgres - <softhsm/postgres.Dockerfile >/dev/null
 [ -n "$outside" ] || exit 0
 
 say "testing keyferryd in containers from outside"

@@ -9,6 +9,7 @@ import (
 	"encoding/base64"
 	"errors"
 	"os/exec"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -24,7 +25,7 @@ import (
 // that softhsm/test-container.sh built, and uses it from outside with Alibaba
 // Cloud's clients, before and after it is killed.
 func TestContainer(t *testing.T) {
-	b := newBox(t)
+	b := newBox(t, "compose.yaml")
 	b.compose(t, "up", "-d")
 	b.waitUntilHealthy(t)
 	b.readSecret(t)
@@ -144,24 +145,31 @@ func keep(t *testing.T, client sdk, v voyage) kept {
 	return kept{keyID, plaintext, blob}
 }
 
-// box is a project of softhsm/compose.yaml.
+// box is a project of softhsm/compose.yaml, seen from one of its servers.
 type box struct {
-	command []string // of Compose, without a project's own arguments
+	command []string // of Compose, with the project's own arguments
 	project string
+	service string      // the server
 	keys    credentials // without the endpoint, which changes
 }
 
-func newBox(t *testing.T) *box {
+// newBox makes a project of files in softhsm.
+func newBox(t *testing.T, files ...string) *box {
 	// The plugin of today, or the program that Debian 12 has.
 	command := []string{"docker", "compose"}
 	if exec.CommandContext(t.Context(), "docker", "compose", "version").Run() != nil {
 		command = []string{"docker-compose"}
 	}
 	b := &box{
-		command: command, project: "keyferry-test-" + strings.ToLower(rand.Text()[:8]),
+		project: "keyferry-test-" + strings.ToLower(rand.Text()[:8]), service: "keyferryd",
 		keys: credentials{Region: "local", AccessKeyID: "keyferry"},
 	}
+	b.command = slices.Concat(command, []string{"-p", b.project})
+	for _, file := range files {
+		b.command = append(b.command, "-f", "../../softhsm/"+file)
+	}
 	t.Setenv("KEYFERRY_PORT", "0") // any that is free
+	t.Setenv("KEYFERRY_PORT_2", "0")
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := b.run(context.Background(), "logs")
@@ -173,9 +181,15 @@ func newBox(t *testing.T) *box {
 	return b
 }
 
+// at is the same project, seen from another server.
+func (b *box) at(service string) *box {
+	other := *b
+	other.service = service
+	return &other
+}
+
 func (b *box) run(ctx context.Context, args ...string) (string, error) {
-	all := append(append([]string{}, b.command[1:]...), "-p", b.project, "-f", "../../softhsm/compose.yaml")
-	cmd := exec.CommandContext(ctx, b.command[0], append(all, args...)...)
+	cmd := exec.CommandContext(ctx, b.command[0], append(slices.Clip(b.command[1:]), args...)...)
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
@@ -196,7 +210,7 @@ func (b *box) compose(t *testing.T, args ...string) string {
 func (b *box) id(t *testing.T) string {
 	t.Helper()
 	id := strings.TrimSpace(docker(t, "ps", "-aq",
-		"--filter", "label=com.docker.compose.project="+b.project, "--filter", "label=com.docker.compose.service=keyferryd"))
+		"--filter", "label=com.docker.compose.project="+b.project, "--filter", "label=com.docker.compose.service="+b.service))
 	require.NotEmpty(t, id)
 	return id
 }

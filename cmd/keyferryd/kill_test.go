@@ -101,14 +101,20 @@ func (l *ledger) check(t *testing.T, ciphertexts map[string]string) {
 // effect, in order, and none for any other.
 func (l *ledger) checkReceipts(t *testing.T) {
 	t.Helper()
-	var expiries []int64
+	require.Equal(t, l.made, l.receiptExpiries(t))
+}
+
+// receiptExpiries are the expiries of a key's imports by the log of receipts,
+// the first one first.
+func (c *customer) receiptExpiries(t *testing.T) (expiries []int64) {
+	t.Helper()
 	for page := 1; ; page++ {
 		var answer struct {
 			Receipts   struct{ Receipt []struct{ Entry string } }
 			TotalCount int
 		}
-		params := map[string]string{"KeyId": l.keyID, "PageNumber": strconv.Itoa(page), "PageSize": "100"}
-		require.NoError(t, l.call(t.Context(), "ListImportReceipts", params, &answer))
+		params := map[string]string{"KeyId": c.keyID, "PageNumber": strconv.Itoa(page), "PageSize": "100"}
+		require.NoError(t, c.call(t.Context(), "ListImportReceipts", params, &answer))
 		for _, r := range answer.Receipts.Receipt {
 			e, err := receipt.ParseEntry([]byte(r.Entry))
 			require.NoError(t, err)
@@ -119,7 +125,7 @@ func (l *ledger) checkReceipts(t *testing.T) {
 		}
 	}
 	slices.Reverse(expiries)
-	require.Equal(t, l.made, expiries)
+	return expiries
 }
 
 // Twenty times the server is killed while customers import and encrypt, each
