@@ -273,6 +273,16 @@ func (c *cache) close() {
 // openRow is how the cache loads a key: it reads the row, believes it only
 // with its MAC, and opens the material in the token.
 func (e *Engine) openRow(ctx context.Context, ref keyRef) (*openKey, error) {
+	for range maxConflicts {
+		k, err := e.tryOpenRow(ctx, ref)
+		if !errors.Is(err, errReplaced) {
+			return k, err
+		}
+	}
+	return nil, &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
+}
+
+func (e *Engine) tryOpenRow(ctx context.Context, ref keyRef) (*openKey, error) {
 	epoch, looked := e.store.Epoch(), e.elapsed()
 	row, err := e.currentRow(ctx, ref)
 	if err != nil {
@@ -292,7 +302,7 @@ func (e *Engine) openRow(ctx context.Context, ref keyRef) (*openKey, error) {
 		key, err = e.token.OpenMaterial(ctx, material)
 	}
 	var own *Error
-	if errors.As(err, &own) {
+	if errors.As(err, &own) || errors.Is(err, errReplaced) {
 		return nil, err
 	}
 	if err != nil {

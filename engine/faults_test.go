@@ -367,7 +367,7 @@ func TestNothingLeaks(t *testing.T) {
 	token, err := hsm.Open(t.Context(), cfg)
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, token.Close()) })
-	h := newHouse(t, withToken(token), sealed, with(func(c *engine.Config) { c.CacheSize, c.FailureBudget = 3, 1000 }))
+	h := newHouse(t, withToken(token), with(func(c *engine.Config) { c.CacheSize, c.FailureBudget = 3, 1000 }))
 	var customers []*customer
 	for range 6 {
 		customers = append(customers, newCustomer(t, h))
@@ -398,7 +398,11 @@ func TestNothingLeaks(t *testing.T) {
 	for _, c := range customers {
 		require.NoError(t, h.DeleteKeyMaterial(t.Context(), c.keyID))
 	}
-	require.Equal(t, before-3, count(t, on), "no handle outlives its material")
+	held := 3 // what is open of sealed material
+	if h.cfg.Custody == hsm.Resident {
+		held = len(customers)
+	}
+	require.Equal(t, before-held, count(t, on), "no handle outlives its material")
 }
 
 // Return values of the token, for faults.
@@ -445,7 +449,7 @@ func TestEveryCallOfAnImportFails(t *testing.T) {
 	on := softhsm.New(t, softhsm.WithKeys())
 	tap := hsmtest.On(t, on.Module)
 	token := on.Open(t)
-	h := newHouse(t, withToken(token), sealed, with(func(c *engine.Config) { c.FailureBudget = 1 }))
+	h := newHouse(t, withToken(token), with(func(c *engine.Config) { c.FailureBudget = 1 }))
 	keyID, material := h.newKey(t, engine.AliyunAES256), randomBytes(32)
 	params := h.parameters(t, keyID)
 	h.waitForPairs(t, 1)
@@ -477,8 +481,10 @@ func TestEveryCallOfAnImportFails(t *testing.T) {
 			key := h.describe(t, keyID)
 			require.Equal(t, err == nil, key.State == engine.Enabled, "%+v: %v", fault, err)
 		}
-		require.Greater(t, fault.After, 12, "an import makes that many calls")
+		require.Greater(t, fault.After, 10, "an import makes that many calls")
 	}
+	h.clock.advance(11 * time.Minute) // what an import may have left is old
+	require.NoError(t, h.Sweep(t.Context()))
 	_, err = h.ImportKeyMaterial(t.Context(), in)
 	require.NoError(t, err)
 	require.Equal(t, before, count(t, on))

@@ -304,6 +304,7 @@ func (e *Engine) commitImport(ctx context.Context, in *ImportInput, a *admitted,
 	if err := e.commitRow(ctx, row, shortened, importEntry(in, a, imported)); err != nil {
 		return err
 	}
+	e.endReplaced(ctx, &a.row, &row)
 	a.row = row
 	return nil
 }

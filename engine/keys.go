@@ -4,8 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"log/slog"
-	"slices"
 	"strings"
 	"time"
 	"unicode/utf8"
@@ -179,17 +177,7 @@ func (e *Engine) CancelKeyDeletion(ctx context.Context, keyID string) error {
 // Only the same material can be imported again. It is no error if there is
 // none.
 func (e *Engine) DeleteKeyMaterial(ctx context.Context, keyID string) error {
-	if err := e.change(ctx, keyID, opDeleteMaterial, dropMaterial); err != nil {
-		return err
-	}
-	if !slices.Contains(e.custodies, hsm.Resident) {
-		return nil
-	}
-	// The row is rid of it. It goes from the token now, or with the next sweep.
-	if err := e.sweepResidents(ctx, e.second()); err != nil {
-		e.log.LogAttrs(ctx, slog.LevelError, "deleted key material is still in the token", slog.Any("error", err))
-	}
-	return nil
+	return e.change(ctx, keyID, opDeleteMaterial, dropMaterial)
 }
 
 // maxConflicts bounds how often a change starts over because someone else
@@ -223,6 +211,9 @@ func (e *Engine) change(ctx context.Context, keyID string, op operation, edit fu
 			return nil
 		}
 		err = e.commitRow(ctx, row, false, e.deletionEntry(&stored, &row))
+		if err == nil {
+			e.endReplaced(ctx, &stored, &row)
+		}
 		if !errors.Is(err, store.ErrConflict) {
 			return err
 		}

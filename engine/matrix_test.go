@@ -46,20 +46,6 @@ func newRuin(t *testing.T) *ruin {
 	return r
 }
 
-// rest waits until the engine has its pairs and does nothing of its own accord.
-func (r *ruin) rest(t *testing.T) {
-	t.Helper()
-	require.Eventually(t, func() bool {
-		counts, err := r.store.PairCounts(t.Context(), r.clock.in(0))
-		require.NoError(t, err)
-		ready := 0
-		for _, c := range counts {
-			ready += min(c.Ready, 1)
-		}
-		return ready == len(r.Algorithms())
-	}, time.Minute, time.Millisecond)
-}
-
 // act is one operation of the engine on a customer's CMK.
 type act struct {
 	// before makes what the operation is done to.

@@ -135,6 +135,20 @@ func (h *house) waitForAllPairs(tb testing.TB, n int) {
 	}, time.Minute, 10*time.Millisecond)
 }
 
+// rest waits until the engine has its pairs and does nothing of its own accord.
+func (h *house) rest(tb testing.TB) {
+	tb.Helper()
+	require.Eventually(tb, func() bool {
+		counts, err := h.store.PairCounts(tb.Context(), h.clock.in(0))
+		require.NoError(tb, err)
+		ready := 0
+		for _, c := range counts {
+			ready += min(c.Ready, 1)
+		}
+		return ready == len(h.Algorithms())
+	}, time.Minute, time.Millisecond)
+}
+
 // Requests that find the pool dry wait for the generator.
 func TestDryPool(t *testing.T) {
 	h := newHouse(t, withPairs(4))

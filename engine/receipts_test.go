@@ -83,9 +83,11 @@ func TestReceipt(t *testing.T) {
 	require.NoError(t, err)
 
 	entry, head, r := h.receipt(t, engine.ReceiptInput{KeyID: keyID})
+	stays := key.Custody == hsm.Resident
 	for _, want := range []string{
-		"CKA_CLASS=CKO_SECRET_KEY", "CKA_KEY_TYPE=CKK_AES", "CKA_TOKEN=false", "CKA_SENSITIVE=true", "CKA_WRAP_WITH_TRUSTED=true",
-		"CKA_DECRYPT=false", "CKA_UNWRAP=false", "CKA_COPYABLE=false", "CKA_MODIFIABLE=false", "CKA_ALLOWED_MECHANISMS=0x1081,0x1087,0x108A",
+		"CKA_CLASS=CKO_SECRET_KEY", "CKA_KEY_TYPE=CKK_AES", fmt.Sprintf("CKA_TOKEN=%t", stays), "CKA_SENSITIVE=true", "CKA_WRAP_WITH_TRUSTED=true",
+		fmt.Sprintf("CKA_EXTRACTABLE=%t", !stays), fmt.Sprintf("CKA_DECRYPT=%t", stays),
+		"CKA_UNWRAP=false", "CKA_COPYABLE=false", "CKA_MODIFIABLE=false", "CKA_ALLOWED_MECHANISMS=0x1081,0x1087,0x108A",
 	} {
 		require.Contains(t, entry.Attributes, want)
 	}
@@ -94,7 +96,7 @@ func TestReceipt(t *testing.T) {
 		Time: h.clock.in(0), RequestID: "REQUEST-1", TokenSerial: h.cfg.Token.Serial(),
 		MaterialID: key.MaterialID, KCV: key.CheckValue.Value, KCVAlgorithm: "AES-ECB", WrappingAlgorithm: "RSAES_OAEP_SHA_1",
 		WrappingKey: sha256.Sum256(params.PublicKey), Ciphertext: sha256.Sum256(in.EncryptedKeyMaterial),
-		ExpireAt: in.ExpireAt, Custody: "sealed", Attributes: entry.Attributes,
+		ExpireAt: in.ExpireAt, Custody: key.Custody.String(), Attributes: entry.Attributes,
 	}, entry)
 	require.Equal(t, receipt.Head{Log: entry.Log, Size: 1, Root: r.EntryHash, Time: h.clock.in(0), TokenSerial: h.cfg.Token.Serial()}, head)
 
@@ -352,7 +354,7 @@ func TestReceiptsOfADatabaseWriter(t *testing.T) {
 			r.restore(t)
 		}
 	}
-	opened := "UPDATE receipt SET entry = CAST(replace(CAST(entry AS TEXT), 'custody sealed', 'custody opened') AS BLOB) WHERE "
+	opened := "UPDATE receipt SET entry = CAST(replace(CAST(entry AS TEXT), 'custody " + h.describe(t, victims).Custody.String() + "', 'custody opened') AS BLOB) WHERE "
 	swap := "UPDATE receipt SET place = 9 WHERE place = 0; UPDATE receipt SET place = 0 WHERE place = 1; UPDATE receipt SET place = 1 WHERE place = 9"
 
 	keep() // before it is signed

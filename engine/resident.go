@@ -183,7 +183,13 @@ func (r *residents) isLost(id hsm.ObjectID, now time.Time) (lost, recently bool)
 	return lost, lost && now.Sub(at) < lostFor
 }
 
+// errReplaced: the row does not refer to that object any more.
+var errReplaced = errors.New("engine: the key was changed while its material was opened")
+
 // openResident returns the material of a row that is an object of the token.
+// One that is not there may be new, made by another node, or old: replaced or
+// destroyed since the row was read. So the row is read again with each search;
+// errReplaced.
 func (e *Engine) openResident(ctx context.Context, row *store.Key, m hsm.Material) (*hsm.Key, error) {
 	identity, known, err := identityOf(row)
 	if err != nil {
@@ -196,17 +202,32 @@ func (e *Engine) openResident(ctx context.Context, row *store.Key, m hsm.Materia
 	if _, recently := e.residents.isLost(id, now); recently {
 		return nil, errMaterialLost()
 	}
-	key, err := e.token.OpenResident(ctx, m, e.instance, []byte(row.KeyID), identity)
-	switch {
-	case err == nil:
-		e.residents.find(id)
-		return key, nil
-	case errors.Is(err, hsm.ErrMaterialGone):
-		e.residents.lose(id, now)
-		e.logLost(ctx, row.KeyID, id)
-		return nil, errMaterialLost()
+	for deadline := time.Now().Add(hsm.SearchPatience); ; {
+		key, err := e.token.OpenResident(ctx, m, e.instance, []byte(row.KeyID), identity)
+		if err == nil {
+			e.residents.find(id)
+			return key, nil
+		}
+		if !errors.Is(err, hsm.ErrMaterialGone) {
+			return nil, err
+		}
+		again, err := e.currentRow(ctx, keyRef{id: row.KeyID})
+		if err != nil {
+			return nil, err
+		}
+		if held, ok := objectOf(&again); !ok || held != id {
+			return nil, errReplaced
+		}
+		if time.Now().After(deadline) {
+			break
+		}
+		if rest(ctx, hsm.SearchInterval); ctx.Err() != nil {
+			return nil, &Error{Kind: Unavailable, cause: ctx.Err()}
+		}
 	}
-	return nil, err
+	e.residents.lose(id, now)
+	e.logLost(ctx, row.KeyID, id)
+	return nil, errMaterialLost()
 }
 
 func errMaterialLost() error {
@@ -276,14 +297,37 @@ func (e *Engine) giveUp(ctx context.Context, keyID string, id hsm.ObjectID) {
 		return // committed, or ended by someone else
 	}
 	if err == nil {
-		err = e.destroyResident(ctx, keyID, id)
-	}
-	if err == nil {
-		err = e.store.RemoveResidents(ctx, [][16]byte{id})
+		err = e.endCondemned(ctx, keyID, id)
 	}
 	if err != nil {
 		e.log.LogAttrs(ctx, slog.LevelWarn, "an object of a refused import is left to the sweep",
 			slog.String("object", id.String()), slog.Any("error", err))
+	}
+}
+
+// endCondemned destroys the object of a Condemned entry and removes that.
+func (e *Engine) endCondemned(ctx context.Context, keyID string, id hsm.ObjectID) error {
+	if err := e.destroyResident(ctx, keyID, id); err != nil {
+		return err
+	}
+	return e.store.RemoveResidents(ctx, [][16]byte{id})
+}
+
+// endReplaced destroys the object that a row referred to before it was
+// committed otherwise: who replaces or deletes material finds it gone from the
+// token. What it cannot do in time the sweep does.
+func (e *Engine) endReplaced(ctx context.Context, before, after *store.Key) {
+	id, had := objectOf(before)
+	if now, has := objectOf(after); !had || has && now == id {
+		return
+	}
+	ctx, expire := outlast(ctx)
+	defer expire()
+	ctx, cancel := context.WithTimeout(ctx, closeTimeout)
+	defer cancel()
+	if err := e.endCondemned(ctx, before.KeyID, id); err != nil {
+		e.log.LogAttrs(ctx, slog.LevelWarn, "key material that was deleted or replaced is still in the token; it is left to the sweep",
+			slog.String("key_id", before.KeyID), slog.String("object", id.String()), slog.Any("error", err))
 	}
 }
 

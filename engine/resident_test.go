@@ -13,6 +13,7 @@ import (
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 	"github.com/keyferry/keyferry/hsm/hsmtest"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // newResidentHouse is a house whose CMKs are resident.
@@ -32,8 +33,7 @@ func (h *house) requireHeld(t *testing.T, n int) {
 	entries, err := h.store.Residents(t.Context(), time.Time{}, 0)
 	require.NoError(t, err)
 	objects := h.residents(t)
-	require.Len(t, entries, n)
-	require.Len(t, objects, n)
+	require.Equal(t, []int{n, n}, []int{len(entries), len(objects)}, "entries and objects")
 	for _, r := range entries {
 		require.Equal(t, store.ResidentKept, r.State)
 		require.Contains(t, ids(objects), hsm.ObjectID(r.ID))
@@ -265,6 +265,13 @@ type mortal struct {
 	dead       bool
 }
 
+// lives has the process live for so many writes more.
+func (m *mortal) lives(writes int, tookEffect bool) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.left, m.tookEffect, m.dead = writes, tookEffect, false
+}
+
 func (m *mortal) write(do func() error) error {
 	m.mu.Lock()
 	fatal := m.left == 0 && !m.dead
@@ -308,18 +315,21 @@ func TestResidentDeath(t *testing.T) {
 	if err := plainToken().Keeps(hsm.Resident, hsm.AES256); err != nil {
 		t.Skipf("no resident key material on this token, but on that of \"make softhsm\": %v", err)
 	}
-	const deviceRemoved = 0x32
-	cfg := tokenConfig()
-	token := openShared(cfg)
+	ctx := t.Context()
+	cfg := softhsm.New(t, softhsm.WithKeys()).Config()
+	cfg.Patience = 50 * time.Millisecond
 	tap := hsmtest.On(t, cfg.Module)
+	token, err := hsm.Open(ctx, cfg)
+	require.NoError(t, err)
+	t.Cleanup(func() { require.NoError(t, token.Close()) })
+	m := &mortal{left: -1, die: func() { tap.Inject(hsmtest.Fault{RV: deviceRemoved, Times: -1}) }}
+	h := newHouse(t, withToken(token), with(func(c *engine.Config) { c.Custody, c.PairSpecs = hsm.Resident, []hsm.PairSpec{hsm.RSA2048} }),
+		withStore(func(s store.Store) store.Store { m.Store = s; return m }))
+	held := 0
 	for _, what := range []string{"import", "refused import", "re-import", "delete"} {
 		for n := range 3 {
 			for _, tookEffect := range []bool{false, true} {
 				t.Run(fmt.Sprintf("%s/%d/%t", what, n, tookEffect), func(t *testing.T) {
-					ctx := context.Background()
-					m := &mortal{left: -1, tookEffect: tookEffect, die: func() { tap.Inject(hsmtest.Fault{RV: deviceRemoved, Times: -1}) }}
-					h := newHouse(t, withToken(token), withPairs(8), with(func(c *engine.Config) { c.Custody = hsm.Resident }),
-						withStore(func(s store.Store) store.Store { m.Store = s; return m }))
 					keyID, material := h.newKey(t, engine.AliyunAES256), randomBytes(32)
 					if what != "import" {
 						h.importInto(t, keyID, material)
@@ -328,38 +338,79 @@ func TestResidentDeath(t *testing.T) {
 						material = randomBytes(32)
 					}
 					in := input(t, h.parameters(t, keyID), material)
-					m.mu.Lock()
-					m.left = n
-					m.mu.Unlock()
-					var err error
-					ctx, cancel := context.WithTimeout(ctx, time.Second)
-					defer cancel()
+					h.rest(t) // or the generator dies, too, and leaves what goes when it is old
+					m.lives(n, tookEffect)
+					var answer error
 					if what == "delete" {
-						err = h.DeleteKeyMaterial(ctx, keyID)
+						answer = h.DeleteKeyMaterial(ctx, keyID)
 					} else {
-						_, err = h.ImportKeyMaterial(ctx, in)
+						_, answer = h.ImportKeyMaterial(ctx, in)
 					}
+					_ = h.Engine.Close() // it may be dead
+					_ = token.Close()
 					tap.Heal()
-					m.mu.Lock()
-					m.left, m.dead = -1, false
-					m.mu.Unlock()
-					h.restart(t)
-					h.clock.advance(time.Hour)
+					m.lives(-1, false)
+					// The next process logs in to the token anew.
+					token, err = hsm.Open(ctx, cfg)
+					require.NoError(t, err)
+					h.cfg.Token = token
+					h.start(t)
+					h.clock.advance(11 * time.Minute)
 					state := h.describe(t, keyID).State
-					held := 0
 					if state == engine.Enabled {
-						held = 1
+						held++
 						h.encrypt(t, keyID, "x")
 					}
 					h.requireHeld(t, held)
 					switch {
-					case what == "delete" && err == nil:
+					case what == "delete" && answer == nil:
 						require.Equal(t, engine.PendingImport, state)
-					case what == "re-import", what == "refused import", err == nil:
+					case what == "re-import", what == "refused import", answer == nil:
 						require.Equal(t, engine.Enabled, state)
 					}
 				})
 			}
 		}
 	}
+}
+
+// slowReader reads the rows of CMKs, and something happens before it goes on.
+type slowReader struct {
+	store.Store
+	meanwhile func()
+}
+
+func (s *slowReader) Key(ctx context.Context, keyID string) (store.Key, error) {
+	row, err := s.Store.Key(ctx, keyID)
+	if f := s.meanwhile; f != nil {
+		s.meanwhile = nil
+		f()
+	}
+	return row, err
+}
+
+// Material that was replaced or deleted while somebody was about to open it is
+// not lost: what is there now counts.
+func TestResidentReplacedWhileOpening(t *testing.T) {
+	reader := &slowReader{}
+	log, logger := newLog()
+	h := newResidentHouse(t, with(func(c *engine.Config) { c.Logger = logger }),
+		withStore(func(s store.Store) store.Store { reader.Store = s; return reader }))
+	keyID, material := h.newKey(t, engine.AliyunAES256), randomBytes(32)
+	in := input(t, h.parameters(t, keyID), material)
+	imports := func() {
+		_, err := h.ImportKeyMaterial(t.Context(), in)
+		require.NoError(t, err)
+	}
+	imports()
+	reader.meanwhile = imports
+	start := time.Now()
+	h.encrypt(t, keyID, "text")
+	require.Nil(t, reader.meanwhile)
+	reader.meanwhile = func() { require.NoError(t, h.DeleteKeyMaterial(t.Context(), keyID)) }
+	h.restart(t)
+	_, err := h.Encrypt(t.Context(), keyID, []byte("x"), nil)
+	requireKind(t, engine.KeyPendingImport, err)
+	require.Less(t, time.Since(start), hsm.SearchPatience, "what is known to be gone is not looked for")
+	require.NotContains(t, log.String(), "not in the token any more")
 }

@@ -234,42 +234,32 @@ func (t *Token) Pair(ctx context.Context, id PairID) (PairInfo, error) {
 	return info, nil
 }
 
-// How long and how often an object is looked for.
+// SearchPatience is for how long an object is looked for that another process
+// may just have made, every SearchInterval.
 const (
-	searchPatience = 2 * time.Second
-	searchInterval = 100 * time.Millisecond
+	SearchPatience = 2 * time.Second
+	SearchInterval = 100 * time.Millisecond
 )
 
 func (c *connection) pair(ctx context.Context, s *p11.Session, id PairID) (*pair, error) {
 	if p, ok := c.pairs.Load(id); ok {
 		return p.(*pair), nil
 	}
-	var p *pair
-	err := patiently(ctx, ErrPairNotFound, func() (err error) {
-		p, err = c.searchPair(s, id)
-		return err
-	})
-	if err != nil {
-		return nil, err
-	}
-	c.pairs.Store(id, p)
-	return p, nil
-}
-
-// patiently repeats a search that did not find what another process may just
-// have made.
-func patiently(ctx context.Context, notFound error, search func() error) error {
-	for deadline := time.Now().Add(searchPatience); ; {
-		err := search()
-		if !errors.Is(err, notFound) || time.Now().After(deadline) {
-			return err
+	for deadline := time.Now().Add(SearchPatience); ; {
+		p, err := c.searchPair(s, id)
+		if err == nil {
+			c.pairs.Store(id, p)
+			return p, nil
 		}
-		wait := time.NewTimer(searchInterval)
+		if !errors.Is(err, ErrPairNotFound) || time.Now().After(deadline) {
+			return nil, err
+		}
+		wait := time.NewTimer(SearchInterval)
 		select {
 		case <-wait.C:
 		case <-ctx.Done():
 			wait.Stop()
-			return fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
+			return nil, fmt.Errorf("%w: %w", ErrUnavailable, ctx.Err())
 		}
 	}
 }

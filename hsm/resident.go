@@ -87,7 +87,7 @@ func (t *Token) ImportResident(ctx context.Context, req ResidentRequest) (Import
 			return err
 		}
 		if again { // the last attempt may have taken effect
-			if err := destroyResident(s.Session, req.Instance, req.ID); err != nil {
+			if err := c.destroyResident(s.Session, req.Instance, req.ID); err != nil {
 				return err
 			}
 		}
@@ -128,7 +128,7 @@ func (c *connection) unwrapMeasureKeep(s *session, p *pair, req ResidentRequest)
 		if _, unwell := failed(err); !unwell || worst(err) > p11.NoFault {
 			return Imported{}, err // where the session is gone the next attempt looks
 		}
-		if gone := destroyResident(s.Session, req.Instance, req.ID); gone != nil {
+		if gone := c.destroyResident(s.Session, req.Instance, req.ID); gone != nil {
 			return Imported{}, fmt.Errorf("%w: %w", p11.SessionClosed, gone)
 		}
 		return Imported{}, err
@@ -232,8 +232,10 @@ type verifiedResident struct {
 // whoever has the PIN can put another in its place. Later calls ask nothing of
 // the token.
 //
-// A key made by another process may not be visible at once: it is looked for
-// over two seconds.
+// It is searched for once. A key that another process has just made may not be
+// visible at once, and one that is gone may have been replaced: whoever gets
+// ErrMaterialGone looks at what there is to open, and asks again, for
+// SearchPatience or so.
 //
 // Errors: ErrMaterialGone, ErrUntrusted (an object of that name is another),
 // ErrUnsupported, ErrUnavailable.
@@ -253,15 +255,13 @@ func (t *Token) OpenResident(ctx context.Context, m Material, instance string, c
 				return nil
 			}
 		}
-		return patiently(ctx, ErrMaterialGone, func() error {
-			h, err := c.searchResident(s.Session, m, instance, context, want)
-			if err != nil {
-				return err
-			}
-			c.residents.Store(id, &verifiedResident{h, want, string(context)})
-			key = newResidentKey(c, h, id)
-			return nil
-		})
+		h, err := c.searchResident(s.Session, m, instance, context, want)
+		if err != nil {
+			return err
+		}
+		c.residents.Store(id, &verifiedResident{h, want, string(context)})
+		key = newResidentKey(c, h, id)
+		return nil
 	})
 	if err != nil {
 		return nil, err
@@ -279,11 +279,13 @@ func newResidentKey(c *connection, h p11.Handle, id ObjectID) *Key {
 // that are it are one key; lookalikes beside it are passed over.
 func (c *connection) searchResident(s *p11.Session, m Material, instance string, context []byte, want Identity) (p11.Handle, error) {
 	id := ObjectID(m.Ref)
-	handles, err := s.FindObjects(residentSearch(p11.Bytes(p11.ID, id[:])))
+	tmpl := residentSearch(p11.Bytes(p11.ID, id[:]))
+	handles, err := s.FindObjects(tmpl)
 	if err != nil {
 		return 0, err
 	}
-	refused := fmt.Errorf("%w: %s", ErrMaterialGone, id)
+	var gone []p11.Handle
+	var refused error
 	for _, h := range handles {
 		err := c.verifyResident(s, h, m, instance, context, want)
 		switch {
@@ -292,11 +294,18 @@ func (c *connection) searchResident(s *p11.Session, m Material, instance string,
 		case errors.Is(err, ErrUntrusted):
 			refused = fmt.Errorf("object %s: %w", id, err)
 		case worst(err) == p11.HandleFault: // destroyed since it was found
+			gone = append(gone, h)
 		default:
 			return 0, err
 		}
 	}
-	return 0, refused
+	if refused != nil {
+		return 0, refused
+	}
+	if err := errors.Join(vanished(s, tmpl, gone), c.absent(s)); err != nil {
+		return 0, err
+	}
+	return 0, fmt.Errorf("%w: %s", ErrMaterialGone, id)
 }
 
 func (c *connection) verifyResident(s *p11.Session, h p11.Handle, m Material, instance string, context []byte, want Identity) error {
@@ -340,9 +349,12 @@ func residentSearch(more ...p11.Attr) *p11.Template {
 // for whoever destroys those that nobody knows.
 func (t *Token) Residents(ctx context.Context, instance string) ([]ResidentObject, error) {
 	var out []ResidentObject
-	err := t.do(ctx, "list the resident key material", func(_ *connection, s *session) error {
+	err := t.do(ctx, "list the resident key material", func(c *connection, s *session) error {
 		out = nil
 		handles, err := s.FindObjects(residentSearch(p11.Bool(p11.Encrypt, true)))
+		if err == nil && len(handles) == 0 {
+			err = c.absent(s.Session)
+		}
 		if err != nil {
 			return err
 		}
@@ -372,14 +384,17 @@ func (t *Token) Residents(ctx context.Context, instance string) ([]ResidentObjec
 func (t *Token) DestroyResident(ctx context.Context, instance string, id ObjectID) error {
 	return t.do(ctx, "destroy key material", func(c *connection, s *session) error {
 		c.residents.Delete(id)
-		return destroyResident(s.Session, instance, id)
+		return c.destroyResident(s.Session, instance, id)
 	})
 }
 
 // destroyResident destroys every object of that name, and goes on past those
 // that it cannot: a thief may have put one in the way.
-func destroyResident(s *p11.Session, instance string, id ObjectID) error {
+func (c *connection) destroyResident(s *p11.Session, instance string, id ObjectID) error {
 	handles, err := s.FindObjects(residentSearch(p11.Bytes(p11.ID, id[:])))
+	if err == nil && len(handles) == 0 {
+		err = c.absent(s)
+	}
 	if err != nil {
 		return err
 	}
