@@ -70,7 +70,8 @@ test-container: ## run the tests in a container, then keyferryd in one against S
 
 .PHONY: bench
 bench: deps ## measure the engine, the token and the store beside bare calls
-	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/... ./hsm/...
+	$(GO) test -run '^$$' -bench . -benchtime 4s -timeout 30m ./engine
+	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/store/...
 
 # The tools of "make lint", each built once and kept by its version.
 tools := $(CURDIR)/build/tools

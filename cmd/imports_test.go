@@ -37,11 +37,12 @@ var house = map[string][]string{
 	"engine/acs":                   {},
 	"engine/byok":                  {},
 	"engine/receipt":               {},
+	"engine/enginebench":           {"engine", "engine/byok", "engine/store", "hsm"},
 	"engine/kmsapi":                {"engine", "engine/acs", "engine/receipt", "engine/store", "hsm"},
 	"softhsm":                      {"hsm"},
 	"cmd":                          {}, // this test
 	"cmd/keyferry":                 {"engine/acs", "engine/byok", "engine/receipt"},
-	"cmd/keyferryd":                {"engine", "engine/acs", "engine/byok", "engine/kmsapi", "engine/receipt", "engine/store", "engine/store/postgres", "engine/store/sqlite", "hsm", "softhsm"},
+	"cmd/keyferryd":                {"engine", "engine/acs", "engine/byok", "engine/enginebench", "engine/kmsapi", "engine/receipt", "engine/store", "engine/store/postgres", "engine/store/sqlite", "hsm", "softhsm"},
 }
 
 // foreign lists imports from outside this module that a package keeps to

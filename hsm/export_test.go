@@ -14,14 +14,11 @@ import (
 )
 
 // MeasuredForTest is the template of customers' unwraps for another client of
-// PKCS#11: the bare loop of the benchmarks, and thieves.
+// PKCS#11, such as thieves.
 func MeasuredForTest() []*pkcs11.Attribute { return foreign(measured()) }
 
 // ResidentForTest is the template of resident material, likewise.
 func ResidentForTest() []*pkcs11.Attribute { return foreign(resident()) }
-
-// OpenedForTest is the template of opened blobs, likewise.
-func OpenedForTest() []*pkcs11.Attribute { return foreign(opened(aesNumbers, false)) }
 
 // HandleForTest is the handle of open material.
 func HandleForTest(k *Key) pkcs11.ObjectHandle { return pkcs11.ObjectHandle(k.handle) }
