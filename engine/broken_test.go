@@ -120,8 +120,8 @@ func (s *brokenStore) Usage(ctx context.Context, id string) (store.Usage, error)
 	return strike(s, "Usage", func() (store.Usage, error) { return s.Store.Usage(ctx, id) })
 }
 
-func (s *brokenStore) PutUsages(ctx context.Context, usages []store.Usage) error {
-	return strikeErr(s, "PutUsages", func() error { return s.Store.PutUsages(ctx, usages) })
+func (s *brokenStore) PutUsages(ctx context.Context, usages []store.UsageUpdate) ([]bool, error) {
+	return strike(s, "PutUsages", func() ([]bool, error) { return s.Store.PutUsages(ctx, usages) })
 }
 
 func (s *brokenStore) DeleteNonces(ctx context.Context, now time.Time) error {

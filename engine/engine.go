@@ -70,11 +70,6 @@ type Config struct {
 
 	CacheSize int // open keys; 0: 10,000
 
-	// Nodes is how many Engines share the store at most. Each counts the uses
-	// of a CMK by itself, and so allows as many as divided by Nodes are within
-	// the budget of AES-GCM. 0: 1.
-	Nodes int
-
 	// A refused import is answered at FailureFloor after its start or at a
 	// multiple of it, whatever the token took to refuse it. 0: 100 ms.
 	FailureFloor time.Duration
@@ -105,7 +100,6 @@ func (c *Config) Validate() error {
 		{"PairBound", int64(c.PairBound)},
 		{"ResidentLimit", int64(c.ResidentLimit)},
 		{"CacheSize", int64(c.CacheSize)},
-		{"Nodes", int64(c.Nodes)},
 		{"FailureFloor", int64(c.FailureFloor)},
 		{"FailureBudget", int64(c.FailureBudget)},
 		{"SweepInterval", int64(c.SweepInterval)},
@@ -245,7 +239,6 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	}
 	e.life, e.end = context.WithCancel(context.Background())
 	e.usage = newUsage(e.token, e.store, e.log, e.observer.Warned)
-	e.usage.share(orDefault(cfg.Nodes, 1))
 	e.authority = newAuthority(e.token, orDefault(cfg.CacheSize, 10000))
 	e.cache = newCache(orDefault(cfg.CacheSize, 10000), e.openRow, e.discardKey, e.observer.Used)
 	e.store.Watch(e.cache.drop)
@@ -302,7 +295,7 @@ func (e *Engine) Close() error {
 	for _, lease := range []string{generatorLease, sweepLease} {
 		_, _ = e.store.Lease(ctx, lease, e.node, 0)
 	}
-	return errors.Join(busy, e.usage.flush(ctx))
+	return errors.Join(busy, e.usage.flush(ctx, true))
 }
 
 // findReceiptKey asks the token for the key that signs the log of receipts. A

@@ -34,13 +34,11 @@ func (e *Engine) Forge(ctx context.Context, token []byte, change func(*Forgery))
 // SealRow gives a row a good MAC.
 func (e *Engine) SealRow(ctx context.Context, row *store.Key) error { return e.sealRow(ctx, row) }
 
-// SetUsageLimits replaces 2^32 uses of a key and 2^16 unwritten ones.
-func (e *Engine) SetUsageLimits(budget, unwritten uint64) {
-	e.usage.budget, e.usage.unwritten = budget, unwritten
+// SetUsageLimits replaces 2^32 uses of a key and 2^16 unwritten ones, or 2^12
+// reserved ones.
+func (e *Engine) SetUsageLimits(budget, ahead uint64) {
+	e.usage.budget, e.usage.ahead, e.usage.lost = budget, ahead, ahead
 }
-
-// UsageBudget is how many uses of a key are allowed.
-func (e *Engine) UsageBudget() uint64 { return e.usage.budget }
 
 // OpenKeys is how many keys the cache holds open.
 func (e *Engine) OpenKeys() int {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -118,8 +119,7 @@ func (n *node) requireStops(t *testing.T, keyID string, kind engine.Kind) {
 // What one node stops, the other stops, which has the key open.
 func TestOneNodeStopsAll(t *testing.T) {
 	_, dsn := newDatabase(t)
-	nodes := newNodes(t, dsn, 2, func(c *engine.Config) { c.Nodes = 4 })
-	require.EqualValues(t, 1<<30, nodes[0].UsageBudget(), "a quarter of what AES-GCM allows")
+	nodes := newNodes(t, dsn, 2)
 	one, two := nodes[0], nodes[1]
 	keyID, material := one.newKey(t), randomBytes(32)
 	in := one.importRequest(t, keyID, material)
@@ -283,50 +283,63 @@ func TestNodesShareAPool(t *testing.T) {
 	require.Eventually(t, func() bool { return ready() == 2 }, time.Minute, 10*time.Millisecond, "and no more")
 }
 
-// Nodes that take turns with a key, whichever started first, and restart
-// meanwhile, use it together no more often than its budget allows.
+// Nodes use a key together as often as its budget allows, to the last use, and
+// no more often, however they take turns and end, and however some are killed:
+// what a kill costs is bounded.
 func TestNodesShareABudget(t *testing.T) {
 	_, dsn := newDatabase(t)
-	const budget, unwritten = 200, 4 // of each
+	const budget, reserved = 300, 8
 	open := func() *node {
-		n := newNodes(t, dsn, 1, func(c *engine.Config) { c.Nodes, c.CacheSize = 2, 1 })[0]
-		require.EqualValues(t, 1<<31, n.UsageBudget(), "half of what AES-GCM allows")
-		n.SetUsageLimits(budget, unwritten)
+		n := newNodes(t, dsn, 1, func(c *engine.Config) { c.CacheSize = 1 })[0]
+		n.SetUsageLimits(budget, reserved)
 		return n
 	}
-	nodes := []*node{open(), open()}
+	nodes := []*node{open(), open(), open()}
 	keys := make([]string, 2)
 	for i := range keys {
 		keys[i] = nodes[0].newKey(t)
 		_, err := nodes[0].ImportKeyMaterial(t.Context(), nodes[0].importRequest(t, keys[i], randomBytes(32)))
 		require.NoError(t, err)
-		// The boot of the first node is the earlier one.
-		require.NoError(t, nodes[i].encrypts(keys[i]))
-		require.NoError(t, nodes[1-i].encrypts(keys[i]), "a row of the other node's boot is as good")
 	}
-	total := 4
-	for round := 0; ; round++ {
-		refused := 0
-		for _, n := range nodes {
-			for _, key := range keys { // each use closes the other key, and so its count is loaded again
-				switch err := n.encrypts(key); {
-				case errors.Is(err, engine.LimitExceeded):
-					refused++
-				default:
-					require.NoError(t, err)
-					total++
+	var total [2]atomic.Int64
+	counted := func(i int) uint64 {
+		usage, err := nodes[0].store.Usage(t.Context(), keys[i])
+		require.NoError(t, err)
+		return usage.Uses
+	}
+	for round, refused := 0, false; !refused; round++ {
+		var done atomic.Int64
+		for _, err := range inParallel(2*len(nodes), func(i int) error {
+			n := nodes[i/2]
+			for j := range 7 { // each use closes the other key
+				key := (i + j) % 2
+				switch err := n.encrypts(keys[key]); {
+				case err == nil:
+					total[key].Add(1)
+					done.Add(1)
+				case !errors.Is(err, engine.LimitExceeded):
+					return err
 				}
 			}
-			require.NoError(t, n.Sweep(t.Context()))
+			return n.Sweep(t.Context())
+		}) {
+			require.NoError(t, err)
 		}
-		if refused == len(nodes)*len(keys) {
-			break
+		for key := range keys {
+			require.LessOrEqual(t, total[key].Load(), int64(counted(key)), "more uses than are counted")
 		}
-		if round == 5 {
-			require.NoError(t, nodes[0].Close())
-			nodes[0] = open()
+		switch round {
+		case 2:
+			require.NoError(t, nodes[1].Close()) // in good order
+			nodes[1] = open()
+		case 4:
+			nodes[2] = open() // the one before says nothing any more, as if it were killed
 		}
+		refused = done.Load() == 0
 	}
-	require.LessOrEqual(t, total, 2*2*budget)
-	require.Greater(t, total, 2*(budget-3*unwritten)/(unwritten+1), "taking turns costs no more than it may")
+	for key := range keys {
+		require.EqualValues(t, budget, counted(key))
+		require.InDelta(t, budget, total[key].Load(), reserved)
+		require.LessOrEqual(t, total[key].Load(), int64(budget))
+	}
 }

@@ -56,7 +56,7 @@ func (e *Engine) sweep(ctx context.Context) error {
 	now := e.second()
 	e.failures.forget(now)
 	e.pool.wake() // pairs may have been taken by other nodes
-	own := e.usage.flush(ctx)
+	own := e.usage.flush(ctx, false)
 	held, err := e.store.Lease(ctx, sweepLease, e.node, sweepLeaseLife)
 	if err != nil || !held {
 		return errors.Join(own, err)

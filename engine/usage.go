@@ -20,26 +20,26 @@ import (
 // deleted and comes back.
 //
 // Counting every use durably would cost a commit each, so a process counts in
-// memory and writes down now and then. What a crash loses is paid for in
-// advance: a process never has more than maxUnwritten uses of one CMK that are
-// not written, and each row says under which boot number it was written. Who
-// loads a row charges maxUnwritten for that boot and for each one since, as
-// each may have lost so many, and then no number of crashes makes the count
-// too small. A boot number is drawn at the first encryption, not at the start,
-// so that a process that restarts and restarts does not use up anybody's
-// budget.
+// memory, and what is stored is never less than what was used, once what a
+// crash may have cost is added.
 //
-// Nodes that share a store count side by side, and a row keeps the greatest of
-// their counts. All of them together have used the CMK no more often than that
-// times their number: so the budget of each is divided by it. Their boots
-// alternate in the row, so that what lies between two of them says nothing. Who
-// loads the row of another boot therefore charges for one, and writes that down
-// before it counts on from there: so no node ever starts below what it lost.
+// A process that has the store to itself writes its counts down now and then.
+// It never has more than maxUnwritten uses of one CMK that are not written, and
+// each row says under which boot number it was written. Who loads a row charges
+// maxUnwritten for that boot and for each one since, as each may have lost so
+// many. A boot number is drawn at the first encryption, not at the start, so
+// that a process that restarts and restarts does not use up anybody's budget.
+//
+// Nodes that share a store write first and use then: each adds maxReserved to
+// the count before it uses a CMK so often, and takes back what is left of them
+// when it no longer has the CMK open. A row is replaced only by who knows what
+// it says, so that no addition is lost. So there is one count, of all nodes,
+// that nothing that crashes makes too small; it costs at most maxReserved uses.
+// Such a row has no boot number.
 const (
 	gcmBudget    = 1 << 32
 	maxUnwritten = 1 << 16
-	// Less where nodes charge each other whenever they take turns.
-	maxUnwrittenShared = 1 << 10
+	maxReserved  = 1 << 12
 )
 
 // usageDomain labels the MAC of a usage row.
@@ -50,52 +50,53 @@ const usageBatch = 256
 
 // usage counts the AES-GCM encryptions of every CMK in use.
 type usage struct {
-	token *hsm.Token
-	store store.Store
-	log   *slog.Logger
-	seen  func() // that a warning was given
+	token  *hsm.Token
+	store  store.Store
+	log    *slog.Logger
+	seen   func() // that a warning was given
+	shared bool   // the store, with other nodes
 
-	budget    uint64 // gcmBudget
-	unwritten uint64 // maxUnwritten
-
-	shared bool // with other nodes
+	budget uint64 // gcmBudget
+	ahead  uint64 // maxUnwritten, or maxReserved
+	lost   uint64 // maxUnwritten: what a boot may have lost that had the store to itself
 
 	booting chan struct{} // held while boot is drawn
 	boot    atomic.Uint64 // 0: none drawn yet
 
 	mu       sync.Mutex
-	counters map[string]*counter // of keys that are open, or not all written
+	counters map[string]*counter // of keys that are open, or have something to write
 }
 
 // A counter counts the uses of one CMK.
 type counter struct {
 	usage *usage
 	keyID string
-	busy  chan struct{} // held while the row is loaded or written on a caller's time
-	ready atomic.Bool   // the row was loaded
+	busy  chan struct{} // held while the row is read or written
 
-	uses    atomic.Uint64 // including those charged for earlier boots
-	written atomic.Uint64 // what the store has, at least
-	warning atomic.Uint64 // how many uses are worth the next warning
+	mu      sync.Mutex
+	loaded  bool
+	uses    uint64 // of all nodes, as far as this one knows
+	left    uint64 // uses before the row must be written again
+	stored  uint64 // what the row says
+	written uint64 // what the row stands for, with the charges for crashes
+	warning uint64 // how many uses are worth the next warning
 
 	holders int // of usage.mu: how many open keys count with it
 }
 
 func newUsage(token *hsm.Token, st store.Store, log *slog.Logger, seen func()) *usage {
-	return &usage{
-		token: token, store: st, log: log, seen: seen,
-		budget:    gcmBudget,
-		unwritten: maxUnwritten,
-		booting:   make(chan struct{}, 1),
-		counters:  make(map[string]*counter),
+	u := &usage{
+		token: token, store: st, log: log, seen: seen, shared: st.Shared(),
+		budget:   gcmBudget,
+		ahead:    maxUnwritten,
+		lost:     maxUnwritten,
+		booting:  make(chan struct{}, 1),
+		counters: make(map[string]*counter),
 	}
-}
-
-// share divides the budget among as many nodes as there are at most.
-func (u *usage) share(nodes int) {
-	if nodes > 1 {
-		u.shared, u.budget, u.unwritten = true, gcmBudget/uint64(nodes), maxUnwrittenShared
+	if u.shared {
+		u.ahead = maxReserved
 	}
+	return u
 }
 
 // hold returns the one counter of a CMK. The caller lets it go.
@@ -118,12 +119,23 @@ func (u *usage) letGo(c *counter) {
 	u.tidy(c)
 }
 
-// tidy forgets a counter that nobody holds and that would be the same if it
-// were loaded again. The caller holds usage.mu.
+// tidy forgets a counter that nobody holds and that has nothing to write. The
+// caller holds usage.mu.
 func (u *usage) tidy(c *counter) {
-	if c.holders == 0 && c.uses.Load() == c.written.Load() && u.counters[c.keyID] == c {
+	if c.holders == 0 && !c.unsettled() && u.counters[c.keyID] == c {
 		delete(u.counters, c.keyID)
 	}
+}
+
+// unsettled reports whether the row does not say what it should if this process
+// uses the CMK no more.
+func (c *counter) unsettled() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.usage.shared {
+		return c.left > 0
+	}
+	return c.loaded && c.uses != c.written
 }
 
 // forget drops the counter of a CMK that was deleted.
@@ -134,115 +146,210 @@ func (u *usage) forget(keyID string) {
 }
 
 // count takes one use from the budget of the CMK before it happens, or refuses
-// it with LimitExceeded. In all but one of 65,536 calls it waits for nothing.
+// it with LimitExceeded. Most calls wait for nothing.
 func (c *counter) count(ctx context.Context) error {
-	if !c.ready.Load() {
-		if err := c.load(ctx); err != nil {
+	for {
+		n, warn, ok := c.take()
+		if warn {
+			c.announce(ctx, n)
+		}
+		if ok {
+			return nil
+		}
+		if err := c.refill(ctx); err != nil {
 			return err
 		}
 	}
-	n := c.uses.Add(1)
-	if n > c.usage.budget {
-		c.uses.Add(^uint64(0))
-		return &Error{
-			Kind: LimitExceeded,
-			Hint: "the key has encrypted as often as AES-GCM allows (NIST SP 800-38D section 8.3); it still decrypts",
-		}
-	}
-	if n >= c.warning.Load() {
-		c.warn(ctx, n)
-	}
-	for n > c.written.Load()+c.usage.unwritten {
-		if err := c.write(ctx); err != nil {
-			c.uses.Add(^uint64(0)) // it does not happen
-			return err
-		}
-	}
-	return nil
 }
 
-// load reads the row of the CMK, once. The first use ever makes the row, so
-// that a later boot knows since when uses may be missing from it.
-func (c *counter) load(ctx context.Context) error {
+// take takes a use that needs no writing, if there is one, and says whether the
+// count is worth a warning.
+func (c *counter) take() (uses uint64, warn, ok bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.left == 0 {
+		return 0, false, false
+	}
+	c.left--
+	c.uses++
+	if c.uses >= c.warning {
+		c.warning = nextWarning(c.uses, c.usage.budget)
+		warn = true
+	}
+	return c.uses, warn, true
+}
+
+// refill makes uses possible, or returns LimitExceeded.
+func (c *counter) refill(ctx context.Context) error {
 	if err := acquire(ctx, c.busy); err != nil {
 		return err
 	}
 	defer func() { <-c.busy }()
-	if c.ready.Load() {
+	c.mu.Lock()
+	left, loaded, uses := c.left, c.loaded, c.uses
+	c.mu.Unlock()
+	switch {
+	case left > 0: // of someone else, while this one waited
 		return nil
+	case c.usage.shared:
+		return c.reserve(ctx)
+	case !loaded:
+		return c.load(ctx)
+	case uses >= c.usage.budget:
+		return errUsedUp()
 	}
+	if err := c.usage.writeAll(ctx, []*counter{c}); err != nil {
+		return err
+	}
+	return nil
+}
+
+func errUsedUp() error {
+	return &Error{
+		Kind: LimitExceeded,
+		Hint: "the key has encrypted as often as AES-GCM allows (NIST SP 800-38D section 8.3); it still decrypts",
+	}
+}
+
+// reserve adds uses to the count of all nodes, for this one.
+func (c *counter) reserve(ctx context.Context) error {
+	u := c.usage
+	for range maxConflicts {
+		row, _, err := u.read(ctx, c.keyID)
+		if err != nil {
+			return err
+		}
+		uses, err := u.charged(ctx, &row)
+		if err != nil {
+			return err
+		}
+		if uses >= u.budget {
+			c.open(ctx, uses, 0, row.Uses)
+			return errUsedUp()
+		}
+		n := min(u.ahead, u.budget-uses)
+		stored, err := u.put(ctx, []store.UsageUpdate{{Usage: store.Usage{KeyID: c.keyID, Uses: uses + n}, Was: row.Uses}})
+		if err != nil {
+			return err
+		}
+		if stored[0] {
+			c.open(ctx, uses, n, uses+n)
+			return nil
+		}
+	}
+	return &Error{Kind: Unavailable, Hint: "the key's uses are being counted by others all the time"}
+}
+
+// load reads the row of the CMK. One that is not of this kind of counting yet
+// is written, so that a later boot knows since when uses may be missing from it.
+func (c *counter) load(ctx context.Context) error {
 	u := c.usage
 	boot, err := u.bootNumber(ctx)
 	if err != nil {
 		return err
 	}
-	row, err := u.store.Usage(ctx, c.keyID)
-	switch {
-	case errors.Is(err, store.ErrNotFound):
-		row = store.Usage{KeyID: c.keyID, Boot: boot}
-		if err := u.put(ctx, []store.Usage{row}); err != nil {
+	row, found, err := u.read(ctx, c.keyID)
+	if err != nil {
+		return err
+	}
+	uses, err := u.charged(ctx, &row)
+	if err != nil {
+		return err
+	}
+	if !found || row.Boot == 0 {
+		stored, err := u.put(ctx, []store.UsageUpdate{{Usage: store.Usage{KeyID: c.keyID, Uses: uses, Boot: boot}, Was: row.Uses}})
+		if err != nil {
 			return err
 		}
-	case err != nil:
-		return storeError(err)
-	default:
-		if err := u.verify(ctx, c.keyID, &row, boot); err != nil {
-			return err
-		}
-		if u.shared && row.Boot != boot {
-			row.Uses, row.Boot = row.Uses+u.unwritten, boot
-			if err := u.put(ctx, []store.Usage{row}); err != nil {
-				return err
-			}
+		if !stored[0] { // the CMK was deleted at this moment
+			return &Error{Kind: KeyNotFound}
 		}
 	}
-	uses := u.charged(&row, boot)
-	c.uses.Store(uses)
-	c.written.Store(uses)
-	c.warning.Store(nextWarning(uses, u.budget))
-	c.ready.Store(true)
-	if uses >= u.budget/2 {
-		c.announce(ctx, uses)
+	c.open(ctx, uses, min(u.ahead, u.budget-min(uses, u.budget)), row.Uses)
+	if uses >= u.budget {
+		return errUsedUp()
 	}
 	return nil
 }
 
-// charged is a row's count with what boots before this one may have lost. The
-// boot number has no MAC, so someone may have made it any number.
-func (u *usage) charged(row *store.Usage, boot uint64) uint64 {
-	over, lost := bits.Mul64(boot-row.Boot, u.unwritten)
+// open says what is known of the CMK's uses, and how many may follow.
+func (c *counter) open(ctx context.Context, uses, left, stored uint64) {
+	c.mu.Lock()
+	first := !c.loaded
+	c.loaded = true
+	c.uses, c.left, c.stored, c.written = uses, left, stored, uses
+	if first {
+		c.warning = nextWarning(uses, c.usage.budget)
+	}
+	c.mu.Unlock()
+	if first && uses >= c.usage.budget/2 {
+		c.announce(ctx, uses)
+	}
+}
+
+// read returns the row of a CMK, which is ours, or that of one that was never
+// used.
+func (u *usage) read(ctx context.Context, keyID string) (row store.Usage, found bool, err error) {
+	row, err = u.store.Usage(ctx, keyID)
+	switch {
+	case errors.Is(err, store.ErrNotFound):
+		return store.Usage{KeyID: keyID}, false, nil
+	case err != nil:
+		return row, false, storeError(err)
+	}
+	return row, true, u.verify(ctx, keyID, &row)
+}
+
+// charged is a row's count with what boots before this one may have lost. A row
+// without a boot number has lost nothing.
+func (u *usage) charged(ctx context.Context, row *store.Usage) (uint64, error) {
+	if row.Boot == 0 {
+		return row.Uses, nil
+	}
+	boot, err := u.bootNumber(ctx)
+	if err != nil {
+		return 0, err
+	}
+	if row.Boot > boot {
+		u.log.LogAttrs(ctx, slog.LevelError, "the count of a key's uses is of a boot that has not been; the key is refused",
+			slog.String("key_id", row.KeyID))
+		return 0, tokenError(fmt.Errorf("%w: a count of uses from a later boot", hsm.ErrUntrusted))
+	}
+	// Whoever can write to the database may have set the boot numbers back.
+	over, lost := bits.Mul64(boot-row.Boot, u.lost)
 	uses, carry := bits.Add64(row.Uses, lost, 0)
 	if over|carry != 0 {
-		return math.MaxUint64
+		return math.MaxUint64, nil
 	}
-	return uses
+	return uses, nil
 }
 
-// write stores the count of one CMK on its caller's time.
-func (c *counter) write(ctx context.Context) error {
-	if err := acquire(ctx, c.busy); err != nil {
-		return err
-	}
-	defer func() { <-c.busy }()
-	if c.uses.Load() <= c.written.Load()+c.usage.unwritten/2 {
-		return nil // someone else has, while this one waited
-	}
-	return c.usage.writeAll(ctx, []*counter{c})
-}
-
-// flush stores every count that has changed.
-func (u *usage) flush(ctx context.Context) error {
+// flush stores every count that has changed, and with all set takes back every
+// use that was reserved, of open keys too.
+func (u *usage) flush(ctx context.Context, all bool) error {
 	u.mu.Lock()
 	var changed []*counter
 	for _, c := range u.counters {
-		if c.ready.Load() && c.uses.Load() != c.written.Load() {
+		if (!u.shared || all || c.holders == 0) && c.unsettled() {
 			changed = append(changed, c)
 		}
 	}
 	u.mu.Unlock()
 	for len(changed) > 0 {
 		n := min(len(changed), usageBatch)
-		if err := u.writeAll(ctx, changed[:n]); err != nil {
+		var batch []*counter
+		for _, c := range changed[:n] {
+			select {
+			case c.busy <- struct{}{}:
+				batch = append(batch, c)
+			default: // whoever has it writes it, or the next flush does
+			}
+		}
+		err := u.writeAll(ctx, batch)
+		for _, c := range batch {
+			<-c.busy
+		}
+		if err != nil {
 			return err
 		}
 		changed = changed[n:]
@@ -250,41 +357,104 @@ func (u *usage) flush(ctx context.Context) error {
 	return nil
 }
 
+// writeAll stores the counts of counters that the caller keeps busy. In a store
+// that is shared it takes back what they have reserved.
 func (u *usage) writeAll(ctx context.Context, counters []*counter) error {
-	rows := make([]store.Usage, len(counters))
-	for i, c := range counters {
-		rows[i] = store.Usage{KeyID: c.keyID, Uses: c.uses.Load(), Boot: u.boot.Load()}
-	}
-	if err := u.put(ctx, rows); err != nil {
-		return err
-	}
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	for i, c := range counters {
-		raise(&c.written, rows[i].Uses)
-		u.tidy(c)
-	}
-	return nil
-}
-
-// raise sets v to at least n.
-func raise(v *atomic.Uint64, n uint64) {
-	for old := v.Load(); old < n && !v.CompareAndSwap(old, n); old = v.Load() {
-	}
-}
-
-func (u *usage) put(ctx context.Context, rows []store.Usage) error {
-	for i := range rows {
-		mac, err := u.token.MAC(ctx, usageDomain, encodeUsage(&rows[i]))
+	for range maxConflicts {
+		updates := make([]store.UsageUpdate, len(counters))
+		for i, c := range counters {
+			updates[i] = c.settle()
+		}
+		if len(updates) == 0 {
+			return nil
+		}
+		stored, err := u.put(ctx, updates)
 		if err != nil {
-			return tokenError(err)
+			return err // what was to be taken back is lost: perhaps it was
+		}
+		var behind []*counter
+		for i, c := range counters {
+			if stored[i] {
+				c.settled(updates[i].Uses)
+			} else if again, err := c.reread(ctx, &updates[i]); err != nil {
+				return err
+			} else if again {
+				behind = append(behind, c)
+			}
+		}
+		u.mu.Lock()
+		for _, c := range counters {
+			u.tidy(c)
+		}
+		u.mu.Unlock()
+		if counters = behind; len(counters) == 0 {
+			return nil
+		}
+	}
+	return &Error{Kind: Unavailable, Hint: "the key's uses are being counted by others all the time"}
+}
+
+// settle says what the row should say now. Of what was reserved nothing is left
+// from here on.
+func (c *counter) settle() store.UsageUpdate {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	update := store.UsageUpdate{Usage: store.Usage{KeyID: c.keyID, Uses: c.uses, Boot: c.usage.boot.Load()}, Was: c.stored}
+	if c.usage.shared {
+		update.Uses, update.Boot = c.stored-min(c.left, c.stored), 0
+		c.left = 0
+	}
+	return update
+}
+
+// settled takes note of what the row says.
+func (c *counter) settled(uses uint64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stored = uses
+	if !c.usage.shared {
+		c.written = uses
+		c.left = min(uses+c.usage.ahead, c.usage.budget) - c.uses
+	}
+}
+
+// reread finds out what the row says that was not replaced, and whether to try
+// again.
+func (c *counter) reread(ctx context.Context, refused *store.UsageUpdate) (again bool, err error) {
+	row, found, err := c.usage.read(ctx, c.keyID)
+	if err != nil {
+		return false, err
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.stored = row.Uses
+	switch {
+	case c.usage.shared:
+		if found {
+			c.left = refused.Was - refused.Uses
+		}
+	case !found: // nor is the CMK
+		c.loaded, c.left = false, 0
+	default:
+		c.uses = max(c.uses, row.Uses)
+	}
+	return found, nil
+}
+
+// put has the store replace rows, and reports which of them it did.
+func (u *usage) put(ctx context.Context, rows []store.UsageUpdate) ([]bool, error) {
+	for i := range rows {
+		mac, err := u.token.MAC(ctx, usageDomain, encodeUsage(&rows[i].Usage))
+		if err != nil {
+			return nil, tokenError(err)
 		}
 		rows[i].MAC = mac[:]
 	}
-	if err := u.store.PutUsages(ctx, rows); err != nil {
-		return storeError(err)
+	stored, err := u.store.PutUsages(ctx, rows)
+	if err != nil {
+		return nil, storeError(err)
 	}
-	return nil
+	return stored, nil
 }
 
 func encodeUsage(row *store.Usage) []byte {
@@ -293,12 +463,11 @@ func encodeUsage(row *store.Usage) []byte {
 	return appendUint(b, row.Boot)
 }
 
-// verify refuses a row that is not ours, or of another CMK, or from a boot
-// that has not been.
-func (u *usage) verify(ctx context.Context, keyID string, row *store.Usage, boot uint64) error {
+// verify refuses a row that is not ours, or of another CMK.
+func (u *usage) verify(ctx context.Context, keyID string, row *store.Usage) error {
 	err := u.token.VerifyMAC(ctx, row.MAC, usageDomain, encodeUsage(row))
-	if err == nil && (row.KeyID != keyID || row.Boot > boot && !u.shared) {
-		err = fmt.Errorf("%w: a count of uses of another key or from a later boot", hsm.ErrUntrusted)
+	if err == nil && row.KeyID != keyID {
+		err = fmt.Errorf("%w: a count of uses of another key", hsm.ErrUntrusted)
 	}
 	if errors.Is(err, hsm.ErrUntrusted) {
 		u.log.LogAttrs(ctx, slog.LevelError, "the count of a key's uses was changed by someone else; the key is refused",
@@ -340,14 +509,7 @@ func nextWarning(uses, budget uint64) uint64 {
 	return math.MaxUint64
 }
 
-// warn says once for each threshold how much of the budget is gone.
-func (c *counter) warn(ctx context.Context, uses uint64) {
-	at := c.warning.Load()
-	if uses >= at && c.warning.CompareAndSwap(at, nextWarning(uses, c.usage.budget)) {
-		c.announce(ctx, uses)
-	}
-}
-
+// announce says how much of the budget is gone.
 func (c *counter) announce(ctx context.Context, uses uint64) {
 	c.usage.seen()
 	c.usage.log.LogAttrs(ctx, slog.LevelWarn, "a key nears the number of encryptions that AES-GCM allows; plan its successor",

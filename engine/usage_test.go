@@ -2,6 +2,7 @@ package engine_test
 
 import (
 	"context"
+	"slices"
 	"strings"
 	"testing"
 
@@ -62,12 +63,14 @@ func TestBudgetOfAKey(t *testing.T) {
 // process had in memory when it was killed.
 type amnesiac struct {
 	store.Store
-	forget bool
+	shared, forget bool
 }
 
-func (s *amnesiac) PutUsages(ctx context.Context, usages []store.Usage) error {
+func (s *amnesiac) Shared() bool { return s.shared }
+
+func (s *amnesiac) PutUsages(ctx context.Context, usages []store.UsageUpdate) ([]bool, error) {
 	if s.forget {
-		return nil
+		return slices.Repeat([]bool{true}, len(usages)), nil
 	}
 	return s.Store.PutUsages(ctx, usages)
 }
@@ -76,8 +79,13 @@ func (s *amnesiac) PutUsages(ctx context.Context, usages []store.Usage) error {
 // encrypts more often than its budget allows, and what is charged for crashes
 // is bounded.
 func TestBudgetSurvivesCrashes(t *testing.T) {
+	t.Run("alone", func(t *testing.T) { testBudgetSurvivesCrashes(t, false) })
+	t.Run("with other nodes", func(t *testing.T) { testBudgetSurvivesCrashes(t, true) })
+}
+
+func testBudgetSurvivesCrashes(t *testing.T, shared bool) {
 	const budget, unwritten = 100, 16
-	memory := &amnesiac{}
+	memory := &amnesiac{shared: shared}
 	h := newHouse(t, withStore(func(s store.Store) store.Store {
 		memory.Store = s
 		return memory
@@ -109,6 +117,13 @@ func TestBudgetSurvivesCrashes(t *testing.T) {
 				h.start(t)
 				h.SetUsageLimits(budget, unwritten)
 				boots++
+			},
+			"": func(r *rapid.T) {
+				usage, err := h.store.Usage(t.Context(), keyID)
+				if shared && total > 0 {
+					require.NoError(r, err)
+					require.GreaterOrEqual(r, usage.Uses, uint64(total), "more uses than are counted")
+				}
 			},
 		})
 		total += h.encrypts(t, keyID, budget+1)

@@ -72,7 +72,7 @@ func (m *measuredStore) AddNonce(ctx context.Context, nonce store.Nonce, now tim
 	return m.Store.AddNonce(ctx, nonce, now)
 }
 
-func (m *measuredStore) PutUsages(ctx context.Context, usages []store.Usage) (err error) {
+func (m *measuredStore) PutUsages(ctx context.Context, usages []store.UsageUpdate) (stored []bool, err error) {
 	defer func(start time.Time) { m.took("PutUsages", start, err) }(time.Now())
 	return m.Store.PutUsages(ctx, usages)
 }

@@ -117,8 +117,6 @@ func TestStoreConfig(t *testing.T) {
 		"{postgres: {dsn: host=/x, connections: -1}}":                                                            "connections is negative",
 		"{postgres: {dsn: host=/x, password: hunter2}}":                                                          "field password is unknown",
 		"{postgres: {dsn: 'postgres://keyferry@db/kf', password_file: z, connections: 4, allow_insecure: true}}": "",
-		"{postgres: {dsn_file: z, nodes: -1}}":                                                                   "nodes is negative",
-		"{postgres: {dsn_file: z, nodes: 3}}":                                                                    "",
 	} {
 		cfg, err := parseConfig(fmt.Appendf(nil, "store: %s\n", text))
 		if err == nil {

@@ -69,7 +69,6 @@ func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service
 	engineConfig := engine.Config{
 		Token: s.token, Store: s.store, Logger: log,
 		PoolSize: cfg.Pairs.Ready, PairBound: cfg.Pairs.Outstanding, PairSpecs: cfg.Pairs.Specs,
-		Nodes:   cfg.Store.nodes(),
 		Custody: cfg.custody(), OnlyCustody: cfg.Resident.Only, ResidentLimit: cfg.Resident.Limit,
 	}
 	if s.metrics != nil {

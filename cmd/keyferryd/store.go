@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,9 +27,6 @@ type postgresConfig struct {
 	DSNFile      string `yaml:"dsn_file,omitempty"`
 	PasswordFile string `yaml:"password_file,omitempty"`
 	Connections  int    `yaml:"connections,omitempty"`
-	// Nodes is how many servers share the database at most: each allows its
-	// part of the encryptions that AES-GCM allows for a key.
-	Nodes int `yaml:"nodes,omitempty"`
 	// AllowInsecure permits a network on which the database does not prove who
 	// it is.
 	AllowInsecure bool `yaml:"allow_insecure,omitempty"`
@@ -65,19 +61,7 @@ func (c *storeConfig) validate() error {
 	if p.Connections < 0 {
 		errs = append(errs, errors.New("store.postgres.connections is negative"))
 	}
-	if p.Nodes < 0 {
-		errs = append(errs, errors.New("store.postgres.nodes is negative"))
-	}
 	return errors.Join(errs...)
-}
-
-// nodes is how many servers share the database at most.
-func (c *storeConfig) nodes() int {
-	const likely = 8 // more than most have, and still half a billion uses of each key
-	if c.Postgres == nil {
-		return 1
-	}
-	return cmp.Or(c.Postgres.Nodes, likely)
 }
 
 // hasPassword reports whether a connection string looks as if it held one. In

@@ -200,8 +200,14 @@ type BindRequest struct {
 type Usage struct {
 	KeyID string
 	Uses  uint64
-	Boot  uint64 // the Store.NextBoot number under which it was written
+	Boot  uint64 // the Store.NextBoot number under which it was written; 0: none
 	MAC   []byte // 32 bytes
+}
+
+// UsageUpdate replaces a CMK's usage, or is its first.
+type UsageUpdate struct {
+	Usage
+	Was uint64 // the Uses that are stored
 }
 
 // Nonce is a signature nonce that must not be used again before it expires.
@@ -307,6 +313,9 @@ type Store interface {
 	// request with that id unless it is "". ErrNotFound.
 	ImportReceipt(ctx context.Context, keyID, requestID string) (Receipt, error)
 
+	// Shared reports whether other Stores may work on the same database at the
+	// same time. It never changes.
+	Shared() bool
 	// Watch has stale called with the names of each CMK that another Store of
 	// the same database has changed with Update.Stale, or deleted, soon after.
 	// Calls come from one goroutine until Close, or until Watch is called
@@ -340,10 +349,10 @@ type Store interface {
 	NextBoot(ctx context.Context) (uint64, error)
 	// Usage returns a CMK's usage. ErrNotFound.
 	Usage(ctx context.Context, keyID string) (Usage, error)
-	// PutUsages stores usages in one transaction, replacing smaller counts
-	// only: a row whose stored Uses is greater stays. Usages of CMKs that are
-	// gone are ignored.
-	PutUsages(ctx context.Context, usages []Usage) error
+	// PutUsages stores usages in one transaction and reports which. One whose
+	// CMK has a usage with other Uses than Was is not stored, and neither is
+	// that of a CMK that is gone.
+	PutUsages(ctx context.Context, usages []UsageUpdate) (stored []bool, err error)
 
 	// AddNonce remembers a nonce until it expires and reports whether it was
 	// new. An expired one counts as new. Fractions of a second round up: it

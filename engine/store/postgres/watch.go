@@ -187,6 +187,9 @@ func (w *watcher) receive(_ *pgconn.PgConn, n *pgconn.Notification) {
 	}
 }
 
+// Shared implements store.Store.
+func (s *Store) Shared() bool { return true }
+
 // Watch implements store.Store.
 func (s *Store) Watch(stale func(keyID, versionID string)) {
 	if s.watcher == nil {

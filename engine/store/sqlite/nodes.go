@@ -6,6 +6,9 @@ import (
 	"time"
 )
 
+// Shared implements store.Store. Nobody else can open the database.
+func (s *Store) Shared() bool { return false }
+
 // Watch implements store.Store. Nobody else can change the database.
 func (s *Store) Watch(func(keyID, versionID string)) {}
 

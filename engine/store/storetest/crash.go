@@ -89,7 +89,7 @@ func reportKey(ctx context.Context, s store.Store, n int, say func(string, ...an
 		}
 	}
 	if err == nil {
-		err = s.PutUsages(ctx, []store.Usage{{KeyID: key.KeyID, Uses: uint64(n), MAC: fill(32, n)}})
+		_, err = s.PutUsages(ctx, []store.UsageUpdate{{Usage: store.Usage{KeyID: key.KeyID, Uses: uint64(n), MAC: fill(32, n)}}})
 	}
 	if err == nil {
 		err = say("usage %d 0", n)

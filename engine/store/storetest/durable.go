@@ -43,7 +43,8 @@ func testReopened(t *testing.T, open func(t *testing.T) store.Store) {
 	require.NoError(t, s.RetirePair(ctx, id16(2), at(9)))
 	require.NoError(t, s.DeletePair(ctx, id16(3)))
 	usage := store.Usage{KeyID: second.KeyID, Uses: 77, Boot: 1, MAC: fill(32, 1)}
-	require.NoError(t, s.PutUsages(ctx, []store.Usage{usage}))
+	_, err = s.PutUsages(ctx, []store.UsageUpdate{{Usage: usage}})
+	require.NoError(t, err)
 	fresh, err := s.AddNonce(ctx, newNonce(1), at(0))
 	require.NoError(t, err)
 	require.True(t, fresh)

@@ -130,7 +130,8 @@ func testDeleteKey(t *testing.T, s store.Store) {
 	key, other := create(t, s, newKey(1)), create(t, s, newKey(2))
 	addPairs(t, s, 1, 3)
 	mine, theirs := bind(t, s, newBind(1, key)), bind(t, s, newBind(2, other))
-	require.NoError(t, s.PutUsages(ctx, []store.Usage{{KeyID: key.KeyID, Uses: 7}, {KeyID: other.KeyID, Uses: 8}}))
+	_, err := s.PutUsages(ctx, []store.UsageUpdate{{Usage: store.Usage{KeyID: key.KeyID, Uses: 7}}, {Usage: store.Usage{KeyID: other.KeyID, Uses: 8}}})
+	require.NoError(t, err)
 	updated := imported(key)
 	require.NoError(t, s.UpdateKey(ctx, store.Update{Key: updated}))
 
@@ -141,7 +142,7 @@ func testDeleteKey(t *testing.T, s store.Store) {
 
 	require.NoError(t, s.DeleteKey(ctx, store.Deletion{KeyID: key.KeyID, Revision: 2}))
 	require.ErrorIs(t, s.DeleteKey(ctx, store.Deletion{KeyID: key.KeyID, Revision: 2}), store.ErrNotFound)
-	_, err := s.Key(ctx, key.KeyID)
+	_, err = s.Key(ctx, key.KeyID)
 	require.ErrorIs(t, err, store.ErrNotFound)
 	_, err = s.Usage(ctx, key.KeyID)
 	require.ErrorIs(t, err, store.ErrNotFound)

@@ -304,7 +304,8 @@ var methods = []struct {
 		return err
 	}},
 	{"PutUsages", func(ctx context.Context, s store.Store) error {
-		return s.PutUsages(ctx, []store.Usage{{KeyID: newKey(1).KeyID, Uses: 9, Boot: 1, MAC: fill(32, 9)}})
+		_, err := s.PutUsages(ctx, []store.UsageUpdate{{Usage: store.Usage{KeyID: newKey(1).KeyID, Uses: 9, Boot: 1, MAC: fill(32, 9)}, Was: 1}})
+		return err
 	}},
 	{"AddNonce", func(ctx context.Context, s store.Store) error {
 		_, err := s.AddNonce(ctx, newNonce(1), at(0))
@@ -328,5 +329,6 @@ func prepare(t *testing.T, s store.Store) {
 	key := create(t, s, newKey(1))
 	addPairs(t, s, 1, 3)
 	bind(t, s, newBind(1, key))
-	require.NoError(t, s.PutUsages(t.Context(), []store.Usage{{KeyID: key.KeyID, Uses: 1, Boot: 1, MAC: fill(32, 1)}}))
+	_, err := s.PutUsages(t.Context(), []store.UsageUpdate{{Usage: store.Usage{KeyID: key.KeyID, Uses: 1, Boot: 1, MAC: fill(32, 1)}}})
+	require.NoError(t, err)
 }
