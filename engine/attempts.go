@@ -10,6 +10,14 @@ import "sync"
 // begin returned, do not exceed the budget together. That is enough: of those
 // that began before it, each had either ended by then, and its failure is in
 // the count, or is in the number.
+//
+// Other nodes of the store have attempts under way of which this one does not
+// know. To ask the store before each would cost a commit for every import that
+// is good. What is asked instead is what an answer tells: a failure is counted
+// before it is answered, and an import is committed only while the count is
+// below the budget (store.Budget). So of all that nodes have under way beyond
+// the budget, good or bad, nobody learns anything: each gets the answer that the
+// import token is invalid, at the same times.
 type attempts struct {
 	mu      sync.Mutex
 	running map[[16]byte]*running

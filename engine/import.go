@@ -301,7 +301,11 @@ func (e *Engine) commitImport(ctx context.Context, in *ImportInput, a *admitted,
 	row.WrappingAlgorithm = string(a.token.algorithm)
 	row.PairID = a.token.pair[:]
 	row.PairFingerprint = a.token.fingerprint[:]
-	if err := e.commitRow(ctx, row, shortened, importEntry(in, a, imported)); err != nil {
+	update := store.Update{Stale: shortened}
+	if e.store.Shared() {
+		update.Budget = &store.Budget{TokenID: a.token.id, Failures: e.failureBudget}
+	}
+	if err := e.commitUpdate(ctx, row, update, importEntry(in, a, imported)); err != nil {
 		return err
 	}
 	e.endReplaced(ctx, &a.row, &row)
@@ -334,7 +338,7 @@ func (e *Engine) refuseMaterial(ctx context.Context, a *admitted) error {
 	}
 	e.log.LogAttrs(ctx, slog.LevelWarn, "refused key material",
 		slog.String("key_id", a.row.KeyID), slog.Int("failures", failures), slog.Int("allowed", e.failureBudget))
-	if failures > e.failureBudget { // which other nodes used up meanwhile
+	if failures > e.failureBudget { // which other nodes used up meanwhile; see attempts
 		return &Error{Kind: InvalidImportToken}
 	}
 	return &Error{Kind: InvalidKeyMaterial}

@@ -227,9 +227,14 @@ func (e *Engine) change(ctx context.Context, keyID string, op operation, edit fu
 // as it is. Other nodes hear of a row that may not be used, and of one that is
 // used for a shorter time than the one before.
 func (e *Engine) commitRow(ctx context.Context, row store.Key, shortened bool, entry *receipt.Entry) error {
+	return e.commitUpdate(ctx, row, store.Update{Stale: shortened}, entry)
+}
+
+// commitUpdate is commitRow with what is to be done beside it.
+func (e *Engine) commitUpdate(ctx context.Context, row store.Key, update store.Update, entry *receipt.Entry) error {
 	_, refused := opUse.next(KeyState(row.State))
 	row.Revision++
-	update := store.Update{Stale: shortened || refused != nil}
+	update.Stale = update.Stale || refused != nil
 	if entry != nil {
 		update.Receipt = e.enter(&row, entry)
 	}
@@ -243,8 +248,11 @@ func (e *Engine) commitRow(ctx context.Context, row store.Key, shortened bool, e
 		e.cache.drop(row.KeyID, row.KeyVersionID)
 		return err
 	})
-	if err == nil || errors.Is(err, store.ErrConflict) {
+	switch {
+	case err == nil, errors.Is(err, store.ErrConflict):
 		return err
+	case errors.Is(err, store.ErrSpent):
+		return &Error{Kind: InvalidImportToken}
 	}
 	return keyError(err)
 }

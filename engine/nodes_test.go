@@ -343,3 +343,68 @@ func TestNodesShareABudget(t *testing.T) {
 		require.LessOrEqual(t, total[key].Load(), int64(budget))
 	}
 }
+
+// Whoever tries blobs on several nodes at once learns no more of them than on
+// one, and nothing at all once the budget is used up: neither from a new node,
+// nor from what was under way then.
+func TestNodesShareTheFailureBudget(t *testing.T) {
+	_, dsn := newDatabase(t)
+	const budget, asked = 20, 30 // asked of each node
+	settings := func(c *engine.Config) { c.FailureBudget = budget }
+	nodes := newNodes(t, dsn, 2, settings)
+	held := &held{commits: make(chan struct{}), begun: make(chan struct{}, 1)}
+	slow := newNodes(t, dsn, 1, settings, func(c *engine.Config) { held.Store, c.Store = c.Store, held })[0]
+	keyID := nodes[0].newKey(t)
+	good := nodes[0].importRequest(t, keyID, randomBytes(32))
+	bad := good
+	bad.EncryptedKeyMaterial = randomBytes(256)
+	bad.EncryptedKeyMaterial[0] = 0
+
+	late := make(chan error, 1)
+	go func() {
+		_, err := slow.ImportKeyMaterial(context.Background(), good)
+		late <- err
+	}()
+	<-held.begun // its material is unwrapped
+	told := map[engine.Kind]int{}
+	for _, err := range inParallel(asked*len(nodes), func(i int) error {
+		_, err := nodes[i%len(nodes)].ImportKeyMaterial(t.Context(), bad)
+		return err
+	}) {
+		var refused *engine.Error
+		require.ErrorAs(t, err, &refused)
+		told[refused.Kind]++
+	}
+	require.Equal(t, map[engine.Kind]int{engine.InvalidKeyMaterial: budget, engine.InvalidImportToken: asked*len(nodes) - budget}, told)
+	close(held.commits)
+	require.ErrorIs(t, <-late, engine.InvalidImportToken)
+
+	require.NoError(t, nodes[0].Close())
+	for _, n := range []*node{nodes[1], slow, newNode(t, dsn, settings)} {
+		for _, in := range []engine.ImportInput{good, bad} {
+			_, err := n.ImportKeyMaterial(t.Context(), in)
+			require.ErrorIs(t, err, engine.InvalidImportToken)
+		}
+	}
+	key, err := nodes[1].DescribeKey(t.Context(), keyID)
+	require.NoError(t, err)
+	require.Equal(t, engine.PendingImport, key.State)
+	again := nodes[1].importRequest(t, keyID, randomBytes(32))
+	_, err = nodes[1].ImportKeyMaterial(t.Context(), again)
+	require.NoError(t, err, "another import token has its own budget")
+}
+
+// held is a store that commits no change of a key until it may.
+type held struct {
+	store.Store
+	begun, commits chan struct{}
+}
+
+func (s *held) UpdateKey(ctx context.Context, update store.Update) error {
+	select {
+	case s.begun <- struct{}{}:
+	default:
+	}
+	<-s.commits
+	return s.Store.UpdateKey(ctx, update)
+}

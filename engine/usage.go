@@ -198,10 +198,7 @@ func (c *counter) refill(ctx context.Context) error {
 	case uses >= c.usage.budget:
 		return errUsedUp()
 	}
-	if err := c.usage.writeAll(ctx, []*counter{c}); err != nil {
-		return err
-	}
-	return nil
+	return c.usage.writeAll(ctx, []*counter{c})
 }
 
 func errUsedUp() error {
@@ -297,7 +294,8 @@ func (u *usage) read(ctx context.Context, keyID string) (row store.Usage, found 
 	case err != nil:
 		return row, false, storeError(err)
 	}
-	return row, true, u.verify(ctx, keyID, &row)
+	err = u.verify(ctx, keyID, &row)
+	return row, true, err
 }
 
 // charged is a row's count with what boots before this one may have lost. A row

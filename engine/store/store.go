@@ -28,6 +28,9 @@ var (
 	// ErrCondemned is the ErrConflict of an Update whose Holding is not
 	// Expected or Kept, of that CMK.
 	ErrCondemned = fmt.Errorf("%w: an object of the token that was given up", ErrConflict)
+	// ErrSpent: the import token of an Update has as many failures as it may
+	// have, or is gone.
+	ErrSpent = errors.New("store: the import token is used up")
 	// ErrLimit: there are as many entries as there may be.
 	ErrLimit = errors.New("store: limit is reached")
 	// ErrUnavailable: the database is locked, full or gone; the change was
@@ -75,6 +78,7 @@ type Update struct {
 	Key     Key      // the new row, of the next Revision
 	Receipt *Receipt // nil: none
 	Holding *Holding // nil: what the token holds of the CMK stays as it is
+	Budget  *Budget  // nil: nothing is asked
 	// Stale: whoever uses the CMK as it was must stop. Other Stores of the
 	// database report it; see Watch.
 	Stale bool
@@ -85,6 +89,12 @@ type Update struct {
 // other Kept ones become Condemned.
 type Holding struct {
 	ID []byte // 16 bytes; nil: none
+}
+
+// Budget has an Update made only while an import token has fewer failures.
+type Budget struct {
+	TokenID  [16]byte
+	Failures int
 }
 
 // Deletion is the end of one CMK and what is committed with it.
@@ -248,7 +258,7 @@ type Store interface {
 	// UpdateKey replaces the row if the stored Revision is one less than the
 	// new one's, and does all else that the Update says in the same
 	// transaction. ErrConflict if it is not, ErrNotFound if there is no row,
-	// ErrExists if the KeyVersionID is another key's, ErrCondemned. Seq and
+	// ErrExists if the KeyVersionID is another key's, ErrCondemned, ErrSpent. Seq and
 	// Index of the Receipt are given by the store.
 	UpdateKey(ctx context.Context, update Update) error
 	// DeleteKey removes the row, its usage and its import tokens if the

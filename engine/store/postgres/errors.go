@@ -47,7 +47,7 @@ func rolledBack(err error) bool {
 // refused reports whether err is an answer of package store about rows.
 func refused(err error) bool {
 	return errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrExists) ||
-		errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNoPair) || errors.Is(err, store.ErrLimit)
+		errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNoPair) || errors.Is(err, store.ErrLimit) || errors.Is(err, store.ErrSpent)
 }
 
 // classify gives an error the kind that package store promises.

@@ -27,6 +27,9 @@ const (
 	material = $13, expire_at = $14, wrapping_algorithm = $15, pair_id = $16, pair_fingerprint = $17, custody = $18,
 	receipt = $19, mac = $20, due_at = $21
 	WHERE key_id = $1 AND revision = $3 - 1`
+	updateWithinBudgetQuery = updateKeyQuery + `
+	AND EXISTS (SELECT 1 FROM import_token WHERE id = $22 AND failures < $23)`
+	withinBudgetQuery = `SELECT EXISTS (SELECT 1 FROM import_token WHERE id = $1 AND failures < $2)`
 	keyQuery          = `SELECT ` + keyColumns + ` FROM cmk WHERE key_id = $1`
 	keyByVersionQuery = `SELECT ` + keyColumns + ` FROM cmk WHERE key_version_id = $1`
 	deleteKeyQuery    = `DELETE FROM cmk WHERE key_id = $1 AND revision = $2`
@@ -105,11 +108,15 @@ func (s *Store) oneKey(ctx context.Context, query, id string) (key store.Key, er
 
 // UpdateKey implements store.Store.
 func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
-	query, args := s.whole(updateKeyQuery, keyValues(&update.Key), update.Receipt, update.Stale)
-	if update.Holding == nil {
-		return s.change(ctx, update.Key.KeyID, query, args)
+	query, args := updateKeyQuery, keyValues(&update.Key)
+	if b := update.Budget; b != nil {
+		query, args = updateWithinBudgetQuery, append(args, b.TokenID[:], int64(b.Failures))
 	}
-	return s.changeHolding(ctx, update.Key.KeyID, query, args, func(ctx context.Context, tx pgx.Tx) error {
+	query, args = s.whole(query, args, update.Receipt, update.Stale)
+	if update.Holding == nil {
+		return s.change(ctx, update.Key.KeyID, update.Budget, query, args)
+	}
+	return s.changeHolding(ctx, update.Key.KeyID, update.Budget, query, args, func(ctx context.Context, tx pgx.Tx) error {
 		return hold(ctx, tx, update.Key.KeyID, update.Holding)
 	})
 }
@@ -117,7 +124,7 @@ func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
 // DeleteKey implements store.Store.
 func (s *Store) DeleteKey(ctx context.Context, deletion store.Deletion) error {
 	query, args := s.whole(deleteKeyQuery, []any{deletion.KeyID, deletion.Revision}, deletion.Receipt, true)
-	return s.changeHolding(ctx, deletion.KeyID, query, args, func(ctx context.Context, tx pgx.Tx) error {
+	return s.changeHolding(ctx, deletion.KeyID, nil, query, args, func(ctx context.Context, tx pgx.Tx) error {
 		_, err := tx.Exec(ctx, condemnAllQuery, deletion.KeyID)
 		return err
 	})
@@ -147,20 +154,20 @@ func (s *Store) whole(query string, args []any, receipt *store.Receipt, stale bo
 }
 
 // change has one statement change the row of a key, if its revision is the
-// right one.
-func (s *Store) change(ctx context.Context, keyID, query string, args []any) error {
+// right one and the budget allows it.
+func (s *Store) change(ctx context.Context, keyID string, budget *store.Budget, query string, args []any) error {
 	return s.write(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
 		changed, err := c.Exec(ctx, query, args...)
 		if err != nil || changed.RowsAffected() == 1 {
 			return err
 		}
-		return unchanged(ctx, c, keyID)
+		return unchanged(ctx, c, keyID, budget)
 	})
 }
 
 // changeHolding is change with more to do in the same transaction.
 func (s *Store) changeHolding(
-	ctx context.Context, keyID, query string, args []any, more func(context.Context, pgx.Tx) error,
+	ctx context.Context, keyID string, budget *store.Budget, query string, args []any, more func(context.Context, pgx.Tx) error,
 ) error {
 	return s.transact(ctx, func(ctx context.Context, tx pgx.Tx) error {
 		changed, err := tx.Exec(ctx, query, args...)
@@ -168,7 +175,7 @@ func (s *Store) changeHolding(
 			return err
 		}
 		if changed.RowsAffected() != 1 {
-			return unchanged(ctx, tx, keyID)
+			return unchanged(ctx, tx, keyID, budget)
 		}
 		return more(ctx, tx)
 	})
@@ -179,9 +186,18 @@ type querier interface {
 	QueryRow(ctx context.Context, query string, args ...any) pgx.Row
 }
 
-// unchanged says why no row was changed: it is another revision, or none.
-func unchanged(ctx context.Context, c querier, keyID string) error {
-	var found bool
+// unchanged says why no row was changed: the budget does not allow it, it is
+// another revision, or there is none.
+func unchanged(ctx context.Context, c querier, keyID string, b *store.Budget) error {
+	var found, allowed bool
+	if b != nil {
+		if err := c.QueryRow(ctx, withinBudgetQuery, b.TokenID[:], int64(b.Failures)).Scan(&allowed); err != nil {
+			return err
+		}
+		if !allowed {
+			return fmt.Errorf("import token %x: %w", b.TokenID, store.ErrSpent)
+		}
+	}
 	err := c.QueryRow(ctx, keyExistsQuery, keyID).Scan(&found)
 	switch {
 	case err != nil:

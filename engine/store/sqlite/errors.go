@@ -47,5 +47,5 @@ func classify(err error) error {
 // database.
 func refused(err error) bool {
 	return errors.Is(err, store.ErrNotFound) || errors.Is(err, store.ErrExists) ||
-		errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNoPair) || errors.Is(err, store.ErrLimit)
+		errors.Is(err, store.ErrConflict) || errors.Is(err, store.ErrNoPair) || errors.Is(err, store.ErrLimit) || errors.Is(err, store.ErrSpent)
 }

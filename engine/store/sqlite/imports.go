@@ -30,6 +30,7 @@ var (
 	loadImportQuery = &query{`SELECT ` + keyColumns + `, ` + tokenColumns + `
 	FROM cmk LEFT JOIN import_token ON import_token.id = $2 LEFT JOIN pair ON pair.id = import_token.pair_id
 	WHERE cmk.key_id = $1`}
+	failuresQuery     = &query{`SELECT failures FROM import_token WHERE id = $1`}
 	countFailureQuery = &query{`UPDATE import_token SET failures = failures + 1 WHERE id = $1 RETURNING failures`}
 )
 
@@ -146,6 +147,19 @@ func (s *Store) LoadImport(ctx context.Context, keyID string, tokenID [16]byte) 
 		return err
 	})
 	return key, token, err
+}
+
+// checkBudget makes sure that an import token is not used up.
+func checkBudget(c *conn, b *store.Budget) error {
+	if b == nil {
+		return nil
+	}
+	failures := int64(0)
+	found, err := c.one(failuresQuery, func(row []driver.Value) { failures = (&cursor{row}).integer() }, b.TokenID[:])
+	if err == nil && (!found || failures >= int64(b.Failures)) {
+		err = fmt.Errorf("import token %x: %w", b.TokenID, store.ErrSpent)
+	}
+	return err
 }
 
 // CountFailure implements store.Store.

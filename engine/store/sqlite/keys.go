@@ -133,6 +133,9 @@ func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
 		if err := checkHolding(c, key.KeyID, update.Holding); err != nil {
 			return err
 		}
+		if err := checkBudget(c, update.Budget); err != nil {
+			return err
+		}
 		values := keyValues(key)
 		for _, q := range updateQueries {
 			changed, err := c.exec(q, values...)

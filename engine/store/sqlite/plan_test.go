@@ -57,6 +57,7 @@ func TestPlans(t *testing.T) {
 		"LoadImport": {loadImportQuery.text, []string{
 			key, `SEARCH import_token USING PRIMARY KEY (id=?) LEFT-JOIN`, `SEARCH pair USING PRIMARY KEY (id=?) LEFT-JOIN`,
 		}},
+		"UpdateKey, budget": {failuresQuery.text, []string{`SEARCH import_token USING PRIMARY KEY (id=?)`}},
 		"CountFailure":      {countFailureQuery.text, []string{`SEARCH import_token USING PRIMARY KEY (id=?)`}},
 		"BindPair, bound":   {boundPairsQuery.text, []string{`CO-ROUTINE bound`, `SEARCH pair USING COVERING INDEX pair_bound`, `SCAN bound`}},
 		"BindPair, ready":   {readyPairQuery.text, []string{`SEARCH pair USING INDEX pair_ready (spec=? AND algorithm=?)`}},

@@ -202,3 +202,37 @@ func testCountFailure(t *testing.T, s store.Store) {
 	_, err = s.CountFailure(ctx, id16(77))
 	require.ErrorIs(t, err, store.ErrNotFound)
 }
+
+// An update is made only while its import token has failures left, whatever
+// else it does.
+func testBudget(t *testing.T, s store.Store) {
+	ctx := t.Context()
+	key := create(t, s, newKey(1))
+	addPairs(t, s, 1, 3)
+	token, gone := bind(t, s, newBind(1, key)), bind(t, s, newBind(2, key))
+	require.NoError(t, s.DeletePair(ctx, gone.Pair.ID))
+	update := store.Update{Key: imported(key), Receipt: newReceipt(key), Stale: true, Budget: &store.Budget{TokenID: token.ID, Failures: 2}}
+	for range 2 {
+		_, err := s.CountFailure(ctx, token.ID)
+		require.NoError(t, err)
+	}
+	require.ErrorIs(t, s.UpdateKey(ctx, update), store.ErrSpent)
+	update.Holding = &store.Holding{}
+	require.ErrorIs(t, s.UpdateKey(ctx, update), store.ErrSpent)
+	update.Budget = &store.Budget{TokenID: gone.ID, Failures: 2}
+	require.ErrorIs(t, s.UpdateKey(ctx, update), store.ErrSpent)
+	requireKey(t, s, key)
+	_, total, err := s.KeyReceipts(ctx, key.KeyID, 0, 1)
+	require.NoError(t, err)
+	require.Zero(t, total)
+
+	update.Budget = &store.Budget{TokenID: token.ID, Failures: 3}
+	require.NoError(t, s.UpdateKey(ctx, update))
+	requireKey(t, s, update.Key)
+	require.ErrorIs(t, s.UpdateKey(ctx, update), store.ErrConflict)
+	again := update
+	again.Key, again.Holding = imported(update.Key), nil
+	again.Receipt = nil
+	require.NoError(t, s.UpdateKey(ctx, again))
+	requireKey(t, s, again.Key)
+}

@@ -44,6 +44,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 		{"BindPairRefuses", testBindPairRefuses},
 		{"LoadImport", testLoadImport},
 		{"CountFailure", testCountFailure},
+		{"Budget", testBudget},
 		{"Residents", testResidents},
 		{"HoldResidents", testHoldResidents},
 		{"Usage", testUsage},
