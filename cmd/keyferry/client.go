@@ -21,7 +21,7 @@ import (
 const apiVersion = "2016-01-20"
 
 // client calls a KMS. It never retries: an import that may have happened is
-// looked at with status.
+// looked at with status, and one by a manifest tries again (see bulk).
 type client struct {
 	url    string
 	plain  bool   // without TLS
@@ -32,14 +32,23 @@ type client struct {
 
 // call does one action. The answer is decoded into answer, if there is one.
 func (c *client) call(ctx context.Context, action string, params url.Values, answer any) error {
-	err := c.do(ctx, action, params, answer)
+	nonce := make([]byte, 16)
+	if _, err := rand.Read(nonce); err != nil {
+		return err
+	}
+	return c.callAs(ctx, action, params, hex.EncodeToString(nonce), answer)
+}
+
+// callAs is call with a nonce for the signature. The KMS accepts each once.
+func (c *client) callAs(ctx context.Context, action string, params url.Values, nonce string, answer any) error {
+	err := c.do(ctx, action, params, nonce, answer)
 	if err == nil {
 		return nil
 	}
 	return c.explain(fmt.Errorf("%s: %w", action, err))
 }
 
-func (c *client) do(ctx context.Context, action string, params url.Values, answer any) error {
+func (c *client) do(ctx context.Context, action string, params url.Values, nonce string, answer any) error {
 	r, err := http.NewRequestWithContext(ctx, http.MethodPost, c.url+"?"+params.Encode(), http.NoBody)
 	if err != nil {
 		return err
@@ -47,11 +56,7 @@ func (c *client) do(ctx context.Context, action string, params url.Values, answe
 	r.Header.Set("Accept", "application/json")
 	r.Header.Set("X-Acs-Action", action)
 	r.Header.Set("X-Acs-Version", apiVersion)
-	nonce := make([]byte, 16)
-	if _, err := rand.Read(nonce); err != nil {
-		return err
-	}
-	if err := acs.SignV3(r, nil, c.cred, time.Now(), hex.EncodeToString(nonce)); err != nil {
+	if err := acs.SignV3(r, nil, c.cred, time.Now(), nonce); err != nil {
 		return err
 	}
 	response, err := c.http.Do(r)

@@ -74,6 +74,7 @@ func (c *connection) client(std *streams) (*client, error) {
 	}
 	transport := http.DefaultTransport.(*http.Transport).Clone()
 	transport.TLSClientConfig = &tls.Config{MinVersion: tls.VersionTLS12}
+	transport.MaxIdleConnsPerHost = maxParallel
 	if c.caFile != "" {
 		if transport.TLSClientConfig.RootCAs, err = readCertificates(c.caFile); err != nil {
 			return nil, err

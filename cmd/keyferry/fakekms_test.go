@@ -11,6 +11,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	mathrand "math/rand/v2"
 	"net/http"
 	"net/url"
 	"slices"
@@ -39,10 +40,11 @@ type fakeKMS struct {
 	mu     sync.Mutex
 	keys   map[string]*fakeKey
 	nonces map[string]bool
+	chance *mathrand.Rand
 }
 
 type fakeKey struct {
-	spec, state, origin, kcv, materialID, expires, algorithm string
+	spec, state, origin, kcv, materialID, expires, algorithm, description string
 }
 
 // fakeError is an answer that is an error.
@@ -62,6 +64,7 @@ func newFakeKMS(pair *rsa.PrivateKey, quirks []string) *fakeKMS {
 			"key-deleted": {spec: byok.AES256, state: "PendingDeletion", origin: origin},
 		},
 		nonces: make(map[string]bool),
+		chance: mathrand.New(mathrand.NewPCG(1, 2)),
 	}
 }
 
@@ -74,6 +77,8 @@ func newFakeKMS(pair *rsa.PrivateKey, quirks []string) *fakeKMS {
 //	garbage       answers what is no JSON
 //	redirects     sends clients elsewhere
 //	other-spec    makes keys of another spec than was asked for
+//	busy          refuses a third of all requests, as it is busy
+//	lossy         cuts the connection instead of a third of its answers
 func (f *fakeKMS) has(quirk string) bool { return slices.Contains(f.quirks, quirk) }
 
 func (f *fakeKMS) ServeHTTP(w http.ResponseWriter, r *http.Request) {
@@ -86,6 +91,12 @@ func (f *fakeKMS) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case f.has("redirects"):
 		http.Redirect(w, r, "http://127.0.0.1:1/", http.StatusTemporaryRedirect)
 		return
+	}
+	if f.has("lossy") {
+		if f.chance.IntN(3) == 0 {
+			_, _ = f.answer(r)
+			panic(http.ErrAbortHandler)
+		}
 	}
 	answer, failed := f.answer(r)
 	if failed != nil {
@@ -114,8 +125,19 @@ func (f *fakeKMS) answer(r *http.Request) (map[string]any, *fakeError) {
 	if req.Version != apiVersion {
 		return nil, &fakeError{status: 400, code: "InvalidVersion"}
 	}
-	if req.Action == "CreateKey" {
+	if f.has("busy") {
+		switch f.chance.IntN(6) {
+		case 0:
+			return nil, &fakeError{status: 503, code: "ServiceUnavailableTemporary", message: "Service Unavailable Temporary."}
+		case 1:
+			return nil, &fakeError{status: 400, code: "Throttling.User", message: "Request was denied due to user flow control."}
+		}
+	}
+	switch req.Action {
+	case "CreateKey":
 		return f.createKey(req.Params)
+	case "ListKeys":
+		return f.list(), nil
 	}
 	key := f.keys[req.Params.Get("KeyId")]
 	if key == nil {
@@ -134,16 +156,25 @@ func (f *fakeKMS) answer(r *http.Request) (map[string]any, *fakeError) {
 
 func (f *fakeKMS) createKey(params url.Values) (map[string]any, *fakeError) {
 	id := fmt.Sprintf("key-%d", len(f.keys))
-	f.keys[id] = &fakeKey{spec: params.Get("KeySpec"), state: "PendingImport", origin: params.Get("Origin")}
+	f.keys[id] = &fakeKey{spec: params.Get("KeySpec"), state: "PendingImport", origin: params.Get("Origin"), description: params.Get("Description")}
 	if f.has("other-spec") {
 		f.keys[id].spec = "Aliyun_AES_128"
 	}
 	return f.describe(id, f.keys[id]), nil
 }
 
+// list has all keys on one page.
+func (f *fakeKMS) list() map[string]any {
+	var keys []map[string]string
+	for id := range f.keys {
+		keys = append(keys, map[string]string{"KeyId": id})
+	}
+	return map[string]any{"Keys": map[string]any{"Key": keys}, "TotalCount": len(keys)}
+}
+
 func (f *fakeKMS) describe(id string, k *fakeKey) map[string]any {
 	m := map[string]any{
-		"KeyId": id, "KeySpec": k.spec, "KeyState": k.state, "Origin": k.origin,
+		"KeyId": id, "KeySpec": k.spec, "Description": k.description, "KeyState": k.state, "Origin": k.origin,
 		"CreationDate": "2026-11-23T07:19:04Z", "DeleteDate": "", "MaterialExpireTime": k.expires,
 	}
 	if k.kcv != "" && !f.has("plain") {

@@ -33,6 +33,9 @@ type importOptions struct {
 	expire          string
 	verify          bool
 	receipt         string
+	manifest        string
+	results         string
+	parallel        int
 	cmd             *cobra.Command // knows the flags as they were given
 }
 
@@ -45,11 +48,40 @@ func newImport(std *streams) *cobra.Command {
 get a public key, wrap the material under it, and hand it over. Prints what
 identifies the material, to be compared with what the KMS shows.
 
-Once material was imported into a key, only the same can be imported again.`,
+Once material was imported into a key, only the same can be imported again.
+
+With --manifest, import what a file lists, each line of it a JSON object whose
+values are strings:
+
+  name                    tells the line apart; default: key_id
+  key_id                  the key to import into; without it a new one is made
+  key_spec                as --key-spec
+  description             of a new key; a mark is added to it
+  protection_level        of a new key
+  material_file           raw material, relative to the manifest; or else
+  encrypted_key_material  wrapped material in Base64, and
+  import_token            the import token it is for; these two need key_id
+  expire                  2027-01-31T00:00:00Z; default: never
+  kcv, material_id        what the material must have, in hexadecimal
+
+Mistakes in it are told by line and field before anything is sent. What became
+of each line is in the results, JSON Lines, too. After a crash run the same
+command again: it goes on where it ended, makes no key twice and imports nothing
+twice. Lines that failed are tried again. The exit status is 10 plus the number
+of lines that failed, 110 at most. More is in cmd/keyferry/MANIFEST.md.`,
 		Example: `  keyferry import --in key.bin --credentials credentials.json --algorithm RSAES_OAEP_SHA_1
-  keyferry import --in key.bin --key-id 2f9c8b1e-6d0a-4c55-9a43-1b7e5d3c0f21 --expire 90d`,
+  keyferry import --in key.bin --key-id 2f9c8b1e-6d0a-4c55-9a43-1b7e5d3c0f21 --expire 90d
+  keyferry import --manifest keys.jsonl --credentials credentials.json --parallel 16`,
 		Args: noArguments,
-		RunE: failing(func(ctx context.Context) error { return o.run(ctx, std) }),
+		RunE: failing(func(ctx context.Context) error {
+			if o.manifest == "" {
+				return o.run(ctx, std)
+			}
+			if err := o.validate(); err != nil {
+				return err
+			}
+			return o.runManifest(ctx, std)
+		}),
 	}
 	o.conn.register(cmd)
 	o.source.register(cmd)
@@ -64,6 +96,12 @@ Once material was imported into a key, only the same can be imported again.`,
 	f.StringVar(&o.expire, "expire", "", "`WHEN` the material expires: 2027-01-31T00:00:00Z, or 90d or 12h from now (default: never)")
 	f.BoolVar(&o.verify, "verify", false, "have the KMS refuse material that it does not measure as this (keyferryd only)")
 	f.StringVar(&o.receipt, "receipt", "", "write the receipt of the import to `FILE` (keyferryd only); to check it: keyferry receipt verify")
+	f.StringVar(&o.manifest, "manifest", "", "import what the lines of `FILE` list")
+	f.StringVar(&o.results, "results", "", "with --manifest, `FILE` for what became of each line, and to go on from (default: that of the manifest with .results added)")
+	f.IntVar(&o.parallel, "parallel", defaultParallel, "with --manifest, import `N` at a time")
+	for _, single := range []string{"in", "key-id", "key-spec", "description", "protection-level", "expire", "receipt"} {
+		cmd.MarkFlagsMutuallyExclusive("manifest", single)
+	}
 	return cmd
 }
 
@@ -138,6 +176,8 @@ func (o *importOptions) validate() error {
 		return usage("--description and --protection-level are for a new key, and --key-id names one")
 	case o.keySpec != "" && byok.MaterialLen(o.keySpec) == 0:
 		return unknownKeySpec(o.keySpec)
+	case o.manifest == "" && o.results != "":
+		return usage("--results goes with --manifest")
 	case !slices.Contains(algorithms, o.algorithm):
 		return withHint(usage("unknown wrapping algorithm %q", o.algorithm), "give --algorithm as one of %s", strings.Join(algorithms, ", "))
 	case !slices.Contains(pairSpecs, o.pairSpec):

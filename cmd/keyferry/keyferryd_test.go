@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -28,25 +29,45 @@ var buildKeyferryd = sync.OnceValues(func() (string, error) {
 // keyferryd starts a real server, which makes a SoftHSM2 token of its own and
 // writes the same credentials.json as the fake.
 func keyferryd(ts *testscript.TestScript, _ bool, _ []string) {
-	program, err := buildKeyferryd()
-	ts.Check(err)
 	data := ts.MkAbs("data")
-	cmd := exec.Command(program, "dev", "--data", data, "--listen", "127.0.0.1:0")
-	log, err := os.Create(ts.MkAbs("keyferryd.log"))
+	d, err := startDaemon(data, "127.0.0.1:0")
 	ts.Check(err)
-	cmd.Stderr = log
-	stdout, err := cmd.StdoutPipe()
-	ts.Check(err)
-	ts.Check(cmd.Start())
-	ts.Defer(func() {
-		ts.Check(cmd.Process.Signal(syscall.SIGTERM))
-		ts.Check(cmd.Wait())
-		ts.Check(log.Close())
-	})
+	ts.Defer(func() { ts.Check(d.stop()) })
+	ts.Setenv(credentialsVariable, filepath.Join(data, "credentials.json"))
+	ts.Setenv("KEYFERRYD", d.cmd.Path)
+}
+
+// daemon is a keyferryd dev.
+type daemon struct {
+	cmd *exec.Cmd
+	log *os.File
+}
+
+// startDaemon starts a server on a directory and waits until it listens.
+func startDaemon(data, listen string) (*daemon, error) {
+	program, err := buildKeyferryd()
+	if err != nil {
+		return nil, err
+	}
+	d := &daemon{cmd: exec.Command(program, "dev", "--data", data, "--listen", listen)}
+	if d.log, err = os.OpenFile(data+".log", os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600); err != nil {
+		return nil, err
+	}
+	d.cmd.Stderr = d.log
+	stdout, err := d.cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := d.cmd.Start(); err != nil {
+		return nil, err
+	}
 	ready := bufio.NewScanner(stdout)
 	for ready.Scan() && !strings.HasPrefix(ready.Text(), "keyferryd listening on ") {
 	}
-	ts.Check(ready.Err())
-	ts.Setenv(credentialsVariable, filepath.Join(data, "credentials.json"))
-	ts.Setenv("KEYFERRYD", program)
+	return d, ready.Err()
+}
+
+// stop ends the server in good order.
+func (d *daemon) stop() error {
+	return errors.Join(d.cmd.Process.Signal(syscall.SIGTERM), d.cmd.Wait(), d.log.Close())
 }

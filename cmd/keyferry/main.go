@@ -7,7 +7,7 @@
 // the process only wrapped.
 //
 // The exit status is 0, or 1 after a failure, or 2 if the command line is at
-// fault. A failure is told on standard error: what failed, and what to do.
+// fault, or 10 plus the number of items of a manifest that failed, 110 at most. A failure is told on standard error: what failed, and what to do.
 package main
 
 import (
@@ -35,6 +35,9 @@ type streams struct {
 const (
 	exitFailure = 1
 	exitUsage   = 2
+	// With --manifest: this, and as many more as items failed, at most.
+	exitItems    = 10
+	maxExitItems = 100
 )
 
 func run(ctx context.Context, args []string, std *streams) int {
@@ -48,6 +51,10 @@ func run(ctx context.Context, args []string, std *streams) int {
 	var hinted *hintedError
 	if errors.As(err, &hinted) {
 		fmt.Fprintf(std.err, "hint: %s\n", hinted.hint)
+	}
+	var items *itemsFailed
+	if errors.As(err, &items) {
+		return items.status()
 	}
 	var failed *failure
 	if errors.As(err, &failed) {

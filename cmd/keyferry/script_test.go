@@ -14,7 +14,22 @@ import (
 )
 
 func TestMain(m *testing.M) {
-	testscript.Main(m, map[string]func(){"keyferry": main})
+	testscript.Main(suite{m}, map[string]func(){"keyferry": main})
+}
+
+// suite is all tests, and the server that some of them build.
+type suite struct{ *testing.M }
+
+func (s suite) Run() int {
+	var err error
+	if buildDir, err = os.MkdirTemp("", "keyferry-test-"); err != nil {
+		panic(err)
+	}
+	status := s.M.Run()
+	if err := os.RemoveAll(buildDir); err != nil {
+		panic(err)
+	}
+	return status
 }
 
 // TestScripts runs the program as its users do. Beside testscript's own, the
@@ -26,7 +41,6 @@ func TestMain(m *testing.M) {
 //	                    with tls, also ca.pem
 //	keyferryd           start a real keyferryd dev on a real token instead
 func TestScripts(t *testing.T) {
-	buildDir = t.TempDir()
 	testscript.Run(t, testscript.Params{
 		Dir: "testdata/script",
 		Setup: func(env *testscript.Env) error {

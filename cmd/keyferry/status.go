@@ -14,6 +14,7 @@ type keyMetadata struct {
 	KeySpec            string
 	KeyState           string
 	Origin             string
+	Description        string
 	CreationDate       string
 	DeleteDate         string
 	MaterialExpireTime string
