@@ -31,6 +31,7 @@ import (
 // Each random walk of a property test takes a token some tenths of a second;
 // there are few of them unless slow tests are wanted.
 func TestMain(m *testing.M) {
+	beNode()
 	settings := map[string]string{"rapid.nofailfile": "true"} // materials are random anyway
 	if os.Getenv("KEYFERRY_SLOW") == "" {
 		settings["rapid.checks"] = "15"

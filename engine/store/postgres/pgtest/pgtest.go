@@ -195,6 +195,12 @@ func (s *Server) Shutdown() error {
 	return s.cmd.Wait()
 }
 
+// Processes are those of the server, its own first.
+func (s *Server) Processes() ([]int, error) {
+	children, err := childrenOf(s.cmd.Process.Pid)
+	return append([]int{s.cmd.Process.Pid}, children...), err
+}
+
 // Stop ends the server for good.
 func (s *Server) Stop() error {
 	_ = s.cmd.Process.Signal(syscall.SIGQUIT)
