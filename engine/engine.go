@@ -65,7 +65,7 @@ type Config struct {
 	OnlyCustody bool
 	// ResidentLimit is how many objects of resident material the token may
 	// hold. From 80 percent on a warning is logged, and at the limit the
-	// material of no further CMK is imported. 0: 2,000.
+	// material of no further CMK is imported. 0: DefaultResidentLimit.
 	ResidentLimit int
 
 	CacheSize int // open keys; 0: 10,000
@@ -82,6 +82,10 @@ type Config struct {
 
 	bounds bounds // zero: defaultBounds
 }
+
+// DefaultResidentLimit is Config.ResidentLimit where that is 0: what a small
+// HSM holds beside its other objects.
+const DefaultResidentLimit = 2000
 
 // Validate returns everything that is wrong with a Config.
 func (c *Config) Validate() error {
@@ -126,7 +130,8 @@ type Engine struct {
 	custodies     []hsm.Custody // that CMKs can have, that of new ones first
 	residentLimit int
 	residents     residents
-	bothPools     atomic.Bool // pairs for the other custodies were asked for
+	room          atomic.Pointer[Room] // as it was last looked at; never nil after New
+	bothPools     atomic.Bool          // pairs for the other custodies were asked for
 
 	failureFloor  time.Duration
 	failureBudget int
@@ -212,7 +217,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		strangers:     make(map[[sha256.Size]byte]bool),
 		started:       time.Now(),
 		node:          rand.Text(),
-		residentLimit: orDefault(cfg.ResidentLimit, 2000),
+		residentLimit: orDefault(cfg.ResidentLimit, DefaultResidentLimit),
 	}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
@@ -235,6 +240,9 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	if err := e.reconcile(ctx); err != nil {
+		return nil, err
+	}
+	if err := e.watchRoom(ctx); err != nil {
 		return nil, err
 	}
 	e.life, e.end = context.WithCancel(context.Background())
@@ -326,6 +334,23 @@ func (e *Engine) Health(ctx context.Context) error {
 		return tokenError(err)
 	}
 	return nil
+}
+
+// Advice says what a person has to see to, in whole sentences, of which there
+// is a small number. They name no CMK and no secret. It asks nothing of token
+// and store.
+func (e *Engine) Advice() []string {
+	var out []string
+	switch refused := e.token.Stats().Refused; {
+	case errors.Is(refused, hsm.ErrPIN):
+		out = append(out, "The token refused the user PIN. It is not tried again, so that the token does not lock: put the PIN right, then restart the server.")
+	case refused != nil:
+		out = append(out, "The token that came back is not the one that was there. It is not used: bring that back, then restart the server.")
+	}
+	if r := e.room.Load(); r.Low() {
+		out = append(out, "The token is nearly full of key material.")
+	}
+	return out
 }
 
 // second is the present time as rows have it: UTC, whole seconds.

@@ -57,6 +57,8 @@ type Stats struct {
 	// DueSoon is how many CMKs lose their material, or end, within DueWithin,
 	// at most MaxDue.
 	DueSoon int
+	// Room is as it was when it was last looked at, within a minute or so.
+	Room Room
 }
 
 // Bounds of Stats.DueSoon.
@@ -67,7 +69,7 @@ const (
 
 // Stats asks the store, and so costs two reads.
 func (e *Engine) Stats(ctx context.Context) (Stats, error) {
-	s := Stats{Offers: e.Algorithms(), OpenKeys: e.cache.len()}
+	s := Stats{Offers: e.Algorithms(), OpenKeys: e.cache.len(), Room: *e.room.Load()}
 	var err error
 	now := e.second()
 	if s.Pairs, err = e.store.PairCounts(ctx, now); err != nil {

@@ -38,6 +38,52 @@ const youngResident = 10 * time.Minute
 // operator is warned.
 const residentWarning = 80
 
+// Room is how much of the token key material takes, at one moment.
+type Room struct {
+	// Objects of resident material that the journal has, of all nodes on the
+	// store, and how many there may be. Both are 0 where material is not
+	// resident.
+	Objects, Limit int
+	// Memory is what the token says of itself.
+	Memory hsm.Memory
+	// At is when that was found out.
+	At time.Time
+}
+
+// Low reports whether 80 percent of the objects that there may be are there, or
+// of the token's memory are used.
+func (r *Room) Low() bool {
+	return r.Limit > 0 && r.Objects*100 >= r.Limit*residentWarning || r.Memory.Low()
+}
+
+// watchInterval is how often a node looks at the room that is left.
+const watchInterval = time.Minute
+
+// watchRoom looks at the room that is left, and says when it becomes low.
+func (e *Engine) watchRoom(ctx context.Context) error {
+	r := &Room{At: e.second()}
+	if slices.Contains(e.custodies, hsm.Resident) {
+		entries, err := e.store.Residents(ctx, time.Time{}, 0)
+		if err != nil {
+			return storeError(err)
+		}
+		r.Objects, r.Limit = len(entries), e.residentLimit
+	}
+	var err error
+	if r.Memory, err = e.token.Memory(ctx); err != nil {
+		return tokenError(err)
+	}
+	before := e.room.Swap(r)
+	switch {
+	case r.Low() && (before == nil || !before.Low()):
+		e.log.LogAttrs(ctx, slog.LevelWarn, "the token is nearly full of key material", slog.Int("objects", r.Objects), slog.Int("limit", r.Limit),
+			slog.Uint64("free_memory", r.Memory.Free), slog.Uint64("memory", r.Memory.Total))
+	case before != nil && before.Low() && !r.Low():
+		e.log.LogAttrs(ctx, slog.LevelInfo, "the token has room for key material again", slog.Int("objects", r.Objects), slog.Int("limit", r.Limit))
+	}
+	return nil
+}
+
 // custodyOf is how a CMK's material is kept.
 func custodyOf(row *store.Key) hsm.Custody {
 	if row.Custody == hsm.Resident.String() {
@@ -424,14 +470,7 @@ func (e *Engine) reconcileResidents(ctx context.Context) error {
 		e.log.LogAttrs(ctx, slog.LevelWarn, "destroyed key material that the journal did not know",
 			slog.String("object", o.ID.String()), slog.String("key_id", string(o.Context)))
 	}
-	if err := e.findLost(ctx, entries, objects, now); err != nil {
-		return err
-	}
-	if len(entries)*100 >= e.residentLimit*residentWarning {
-		e.log.LogAttrs(ctx, slog.LevelWarn, "the token is nearly full of key material",
-			slog.Int("objects", len(entries)), slog.Int("limit", e.residentLimit))
-	}
-	return nil
+	return e.findLost(ctx, entries, objects, now)
 }
 
 // findLost reports kept objects that the token does not list, now either: they

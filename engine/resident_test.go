@@ -158,6 +158,16 @@ func TestResidentLimit(t *testing.T) {
 	h.importInto(t, third, randomBytes(32))
 	h.restart(t)
 	require.Contains(t, log.String(), "nearly full")
+	require.Len(t, h.Advice(), 1)
+	require.Contains(t, h.Advice()[0], "nearly full")
+	stats, err := h.Stats(ctx)
+	require.NoError(t, err)
+	require.Equal(t, []int{2, 2}, []int{stats.Room.Objects, stats.Room.Limit})
+	require.NoError(t, h.DeleteKeyMaterial(ctx, third))
+	h.clock.advance(time.Minute)
+	h.requireHeld(t, 1)
+	require.Empty(t, h.Advice())
+	require.Contains(t, log.String(), "has room for key material again")
 }
 
 // hangUp lets a caller hang up once the journal has the entry of an import.

@@ -57,6 +57,9 @@ func (e *Engine) sweep(ctx context.Context) error {
 	e.failures.forget(now)
 	e.pool.wake() // pairs may have been taken by other nodes
 	own := e.usage.flush(ctx, false)
+	if now.Sub(e.room.Load().At) >= watchInterval {
+		own = errors.Join(own, e.watchRoom(ctx))
+	}
 	held, err := e.store.Lease(ctx, sweepLease, e.node, sweepLeaseLife)
 	if err != nil || !held {
 		return errors.Join(own, err)

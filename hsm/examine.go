@@ -32,6 +32,7 @@ type TokenInfo struct {
 	Manufacturer string `json:"manufacturer"`
 	Model        string `json:"model"`
 	MaxSessions  int    `json:"max_sessions"` // 0: it does not say, or has no limit
+	Memory       Memory `json:"private_memory"`
 }
 
 // KeyState says what became of one of Init's keys.
@@ -58,6 +59,8 @@ type TrustedObject struct {
 type ObjectCounts struct {
 	Keys  int `json:"keys"`  // of every kind, seen by the user
 	Pairs int `json:"pairs"` // private halves of wrapping pairs among them
+	// Resident is how many look like resident material, of any database.
+	Resident int `json:"resident"`
 }
 
 // Examine finds out what Open and Init would find, and more, without changing
@@ -103,6 +106,7 @@ func examine(cfg Config, thorough bool) (_ *Examination, err error) {
 	}
 	x := &Examination{Token: TokenInfo{
 		Label: tok.Label, Serial: tok.Serial, Manufacturer: tok.Manufacturer, Model: tok.Model, MaxSessions: int(tok.MaxSessions),
+		Memory: Memory{tok.FreePrivate, tok.TotalPrivate},
 	}}
 	p := prober{
 		mod: mod, slot: tok.Slot, log: cfg.Logger, v15: cfg.AllowPKCS1v15, thorough: thorough, profile: cfg.Profile, profiles: cfg.Profiles,
@@ -193,7 +197,7 @@ func (x *Examination) count(s *p11.Session) error {
 			return err
 		}
 		x.Objects.Keys += len(handles)
-		if class != p11.ClassPrivateKey {
+		if class == p11.ClassPublicKey {
 			continue
 		}
 		for _, h := range handles {
@@ -201,8 +205,11 @@ func (x *Examination) count(s *p11.Session) error {
 			if worst(err) > p11.HandleFault {
 				return err
 			}
-			if _, ok := parsePairLabel(values[p11.Label]); ok {
+			if _, ok := parsePairLabel(values[p11.Label]); ok && class == p11.ClassPrivateKey {
 				x.Objects.Pairs++
+			}
+			if _, ok := parseResidentLabel(values[p11.Label]); ok && class == p11.ClassSecretKey {
+				x.Objects.Resident++
 			}
 		}
 	}

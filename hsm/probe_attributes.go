@@ -182,7 +182,10 @@ func (p *prober) keyWrap(kek p11.Handle) error {
 	}
 	p.finding(FindKeyWrap, err)
 	if err != nil {
-		p.refuse("CKM_AES_KEY_WRAP, by which key material is sealed (%w)", err)
+		// Also where all material is to be resident: the vault's fingerprint, by
+		// which a token and a restored backup of it are known, is a wrapping, and
+		// so is every test of what the PIN alone may do with other keys.
+		p.refuse("CKM_AES_KEY_WRAP of keys that are extractable, by which key material is sealed and by which, in every custody, the vault is known (%w)", err)
 		return nil
 	}
 	padded, err := p.home.Unwrap(p11.Plain(p11.AESKeyWrapKWP), kek, kwpBlob, p11.NewTemplate(subject()...))

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/big"
 	"slices"
+	"strings"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
@@ -87,7 +88,7 @@ func (p *prober) wrapping() error {
 	}
 	for _, alg := range rsaAlgorithms {
 		if p.caps.wrapping[alg] == nil {
-			return errors.Join(p.unwrapped(private, pub, alg), p.lengths(private, pub, alg), p.resident(private, pub, alg))
+			return errors.Join(p.unwrapped(private, pub, alg), p.lengths(private, pub, alg), p.valueLen(private, pub, alg))
 		}
 	}
 	if p.caps.sm.sm2 != nil {
@@ -219,18 +220,9 @@ func (p *prober) unwrapped(private p11.Handle, pub *rsa.PublicKey, alg Algorithm
 	if what, err := p.readsValue(key); err == nil {
 		p.refuse("the token gives away what it unwraps (%s: CKR_OK); the key was destroyed", what)
 	}
-	values, err := p.home.Attributes(key, p11.ValueLen, p11.CheckValue)
+	values, err := p.home.Attributes(key, p11.CheckValue)
 	if err != nil {
 		return p.lost(err)
-	}
-	n, told := values.ULong(p11.ValueLen)
-	switch {
-	case !told:
-		p.found(FindValueLen, Absent, "it is not reported")
-	case n != uint64(len(kaKey)):
-		p.found(FindValueLen, Wrong, "it is %d for %d bytes", n, len(kaKey))
-	default:
-		p.found(FindValueLen, Proven, "")
 	}
 	kcv, told := values[p11.CheckValue]
 	switch {
@@ -295,10 +287,12 @@ func (p *prober) lengths(private p11.Handle, pub *rsa.PublicKey, alg Algorithm) 
 	return nil
 }
 
-// resident proves that the token reports the length of what it unwraps truly,
-// for lengths that AES has, and takes no other for one of them: nothing else
-// tells the length of a key that is not extractable.
-func (p *prober) resident(private p11.Handle, pub *rsa.PublicKey, alg Algorithm) error {
+// valueLen finds out whether the token reports the length of what it unwraps
+// truly, for lengths that AES has, and takes no other for one of them. Material
+// can be resident if it does: nothing else tells the length of a key that is
+// not extractable. Those here are, as the pair pins it.
+func (p *prober) valueLen(private p11.Handle, pub *rsa.PublicKey, alg Algorithm) error {
+	found, evidence := Proven, ""
 	known := bytes.Repeat(publicConstant, 2)
 	for _, n := range []int{16, 24, 32, 0, 15, 17, 31, 33, 64} {
 		wrapped, err := encryptRSA(alg, pub, known[:n])
@@ -306,25 +300,42 @@ func (p *prober) resident(private p11.Handle, pub *rsa.PublicKey, alg Algorithm)
 			return err
 		}
 		h, err := p.home.Unwrap(rsaParams(alg), private, wrapped, p.caps.rules.template(measured()...))
-		valid := n == 16 || n == 24 || n == 32
-		if err == nil {
-			err = hasLength(p.home, h, n)
-			p.destroy(h)
-			if err != nil && worst(err) == p11.NoFault {
-				err = errors.New("the token does not report truly how long an unwrapped key is (CKA_VALUE_LEN), and nothing else tells the length of a key that is not extractable")
-				valid = true
-			}
-		}
 		if err := p.lost(err); err != nil {
 			return err
 		}
-		if err != nil && valid { // another length that is refused is as good as told
-			p.caps.resident = fmt.Errorf("%w: resident key material: %w", ErrUnsupported, err)
-			p.found(FindResident, Absent, "%v", err)
-			return nil
+		if err != nil {
+			if n == 16 || n == 24 || n == 32 {
+				found, evidence = Unknown, fmt.Sprintf("C_UnwrapKey of %d bytes: %v", n, err)
+				break
+			}
+			continue // a length that is refused is as good as told
+		}
+		values, err := p.home.Attributes(h, p11.ValueLen)
+		p.destroy(h)
+		if err := p.lost(err); err != nil {
+			return err
+		}
+		if got, told := values.ULong(p11.ValueLen); !told {
+			found, evidence = Absent, "it is not reported"
+		} else if got != uint64(n) {
+			found, evidence = Wrong, fmt.Sprintf("it is %d for %d bytes", got, n)
+		}
+		if found != Proven {
+			break
 		}
 	}
-	p.found(FindResident, Proven, "")
+	p.found(FindValueLen, found, "%s", evidence)
+	switch found {
+	case Proven:
+		p.found(FindResident, Proven, "")
+		return nil
+	case Unknown:
+		p.caps.resident = fmt.Errorf("%w: resident key material: %s", ErrUnsupported, evidence)
+	default:
+		p.caps.resident = fmt.Errorf("%w: resident key material: the token does not report truly how long an unwrapped key is (CKA_VALUE_LEN: %s), "+
+			"and nothing else tells the length of a key that is not extractable", ErrUnsupported, evidence)
+	}
+	p.found(FindResident, Absent, "%s", strings.TrimPrefix(reason(p.caps.resident), "resident key material: "))
 	return nil
 }
 

@@ -15,6 +15,7 @@ import (
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/hsm"
 	"github.com/keyferry/keyferry/hsm/hsmtest"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // needResident skips a test on a token that does not report lengths: stock
@@ -344,5 +345,24 @@ func TestResidentImportUnderFaults(t *testing.T) {
 				require.Len(t, b.residents(t), before, name)
 			}
 		}
+	}
+}
+
+// A token whose policy has nothing wrapped, or no AES key wrap, is refused by
+// name, also where all material would be resident: its vault is known by what
+// it wraps.
+func TestResidentAloneIsRefusedByName(t *testing.T) {
+	soft := softhsm.New(t, softhsm.WithKeys())
+	tap := hsmtest.On(t, soft.Module)
+	for _, rv := range []uint32{pkcs11.CKR_KEY_UNEXTRACTABLE, pkcs11.CKR_MECHANISM_INVALID} {
+		tap.Inject(hsmtest.Fault{Call: "C_WrapKey", RV: rv, Times: -1})
+		_, err := hsm.Open(t.Context(), soft.Config())
+		require.ErrorIs(t, err, hsm.ErrUnsupported)
+		require.ErrorContains(t, err, "CKM_AES_KEY_WRAP")
+		require.ErrorContains(t, err, "in every custody")
+		x, err := hsm.Examine(t.Context(), soft.Config(), false)
+		require.NoError(t, err)
+		require.ErrorContains(t, x.Capabilities.Refusal(), "in every custody")
+		tap.Heal()
 	}
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/keyferry/keyferry/engine"
 	"github.com/keyferry/keyferry/hsm"
 )
 
@@ -173,6 +175,19 @@ func (d *diagnosis) checkCapabilities(x *hsm.Examination, cfg *config) {
 	}
 	if cfg.Token.Profile != "" && caps.Finding(hsm.FindSM4).Verdict != hsm.Proven && caps.Finding(hsm.FindSM2).Verdict != hsm.Proven {
 		d.problem(fmt.Sprintf("token.profile: by the numbers of %q the token has neither SM4 nor SM2", cfg.Token.Profile), "name the right profile, or take it out")
+	}
+	room := engine.Room{Objects: x.Objects.Resident, Memory: x.Token.Memory}
+	if cfg.custody() == hsm.Resident || x.Objects.Resident > 0 {
+		room.Limit = cmp.Or(cfg.Resident.Limit, engine.DefaultResidentLimit)
+	}
+	switch {
+	case !room.Low():
+	case x.Token.Memory.Low():
+		d.warn(fmt.Sprintf("the token is nearly full: %d KiB of its %d KiB are free", x.Token.Memory.Free>>10, x.Token.Memory.Total>>10),
+			"remove what is not Keyferry's, have keys sealed (custody), or use a larger token")
+	default:
+		d.warn(fmt.Sprintf("of at most %d objects of resident key material %d are there", room.Limit, room.Objects),
+			"raise resident.limit if the token has room for more, or have new keys sealed (custody)")
 	}
 	const keepers, ordinary = 2, 32 // as package hsm has them
 	wanted := cfg.Token.Sessions

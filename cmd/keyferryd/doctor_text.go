@@ -15,8 +15,11 @@ import (
 func (d *diagnosis) writeText(w io.Writer) error {
 	var out bytes.Buffer
 	if t := d.Token; t != nil {
-		_, _ = fmt.Fprintf(&out, "Token %q, serial %s (%s, %s): %d keys on it, %d of them wrapping pairs\n",
-			t.Label, t.Serial, t.Manufacturer, t.Model, d.Objects.Keys, d.Objects.Pairs)
+		_, _ = fmt.Fprintf(&out, "Token %q, serial %s (%s, %s): %d keys on it, %d of them wrapping pairs and %d resident key material\n",
+			t.Label, t.Serial, t.Manufacturer, t.Model, d.Objects.Keys, d.Objects.Pairs, d.Objects.Resident)
+		if m := t.Memory; m.Total > 0 {
+			_, _ = fmt.Fprintf(&out, "Its memory for them: %d KiB, %d KiB of them free\n", m.Total>>10, m.Free>>10)
+		}
 		d.tables(&out)
 	}
 	list := func(title string, lines []advice) {

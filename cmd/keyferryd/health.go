@@ -10,18 +10,22 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
 )
 
-// healthPath answers whoever asks, unsigned, and says nothing but yes or no.
+// healthPath answers whoever asks, unsigned. The first line says yes or no, and
+// those after it what a person has to see to, in sentences that are always the
+// same.
 const healthPath = "/healthz"
 
 const healthTimeout = 5 * time.Second
 
 type healthy interface {
 	Health(ctx context.Context) error
+	Advice() []string
 }
 
 func healthHandler(e healthy, log *slog.Logger) http.Handler {
@@ -30,13 +34,19 @@ func healthHandler(e healthy, log *slog.Logger) http.Handler {
 		defer cancel()
 		w.Header().Set("Content-Type", "text/plain;charset=utf-8")
 		w.Header().Set("Cache-Control", "no-store")
-		if err := e.Health(ctx); err != nil {
+		answer := "ok\n"
+		err := e.Health(ctx)
+		if err != nil {
 			log.WarnContext(ctx, "not healthy", slog.Any("error", err))
-			w.WriteHeader(http.StatusServiceUnavailable)
-			_, _ = io.WriteString(w, "unavailable\n")
-			return
+			answer = "unavailable\n"
 		}
-		_, _ = io.WriteString(w, "ok\n")
+		for _, line := range e.Advice() {
+			answer += line + "\n"
+		}
+		if err != nil {
+			w.WriteHeader(http.StatusServiceUnavailable)
+		}
+		_, _ = io.WriteString(w, answer)
 	})
 }
 
@@ -46,7 +56,8 @@ func healthCommand() *cobra.Command {
 		Use:   "health --config FILE",
 		Short: "Ask the server of that configuration whether it is well",
 		Long: `Asks the server of that configuration, on this machine, whether store and
-token answer. Exits with 0 if they do; for health checks of containers.`,
+token answer, and writes what a person has to see to. Exits with 0 if they do;
+for health checks of containers.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := loadConfig(path)
@@ -56,7 +67,7 @@ token answer. Exits with 0 if they do; for health checks of containers.`,
 			if err := cfg.validateListen(); err != nil {
 				return fmt.Errorf("%s: %w", path, err)
 			}
-			return askHealth(cmd.Context(), &cfg)
+			return askHealth(cmd.Context(), &cfg, cmd.OutOrStdout())
 		},
 	}
 	cmd.Flags().StringVar(&path, "config", "", "the configuration file")
@@ -64,7 +75,7 @@ token answer. Exits with 0 if they do; for health checks of containers.`,
 	return cmd
 }
 
-func askHealth(ctx context.Context, cfg *config) error {
+func askHealth(ctx context.Context, cfg *config, out io.Writer) error {
 	listen, err := net.ResolveTCPAddr("tcp", cfg.Listen)
 	if err != nil {
 		return err
@@ -88,6 +99,14 @@ func askHealth(ctx context.Context, cfg *config) error {
 		return fmt.Errorf("the server does not answer: %w", err)
 	}
 	defer func() { _ = res.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(res.Body, 4<<10))
+	if err != nil {
+		return fmt.Errorf("the server does not finish its answer: %w", err)
+	}
+	_, advice, _ := strings.Cut(string(body), "\n")
+	if _, err := io.WriteString(out, advice); err != nil {
+		return err
+	}
 	if res.StatusCode != http.StatusOK {
 		return fmt.Errorf("the server is not well (status %d): see its log", res.StatusCode)
 	}

@@ -123,6 +123,9 @@ var (
 	sessionsDesc = describe("token_sessions", "Sessions of the pool with the token: most, and in use.", "state")
 	lostDesc     = describe("token_lost_total", "How often the token was lost.")
 	backDesc     = describe("token_reopened_total", "How often it came back.")
+	refusedDesc  = describe("token_refused", "1 once the token refused the PIN, or came back as another: a person must act, and restart the server.")
+	residentDesc = describe("resident_objects", "Objects of the token that hold key material: there, and at most.", "state")
+	memoryDesc   = describe("token_private_memory_bytes", "What the token says of its memory for private objects; missing if it says nothing.", "state")
 )
 
 func describe(name, help string, labels ...string) *prometheus.Desc {
@@ -131,7 +134,7 @@ func describe(name, help string, labels ...string) *prometheus.Desc {
 
 // Describe is of prometheus.Collector.
 func (*present) Describe(all chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{pairsDesc, openDesc, dueDesc, hereDesc, sessionsDesc, lostDesc, backDesc} {
+	for _, d := range []*prometheus.Desc{pairsDesc, openDesc, dueDesc, hereDesc, sessionsDesc, lostDesc, backDesc, refusedDesc, residentDesc, memoryDesc} {
 		all <- d
 	}
 }
@@ -143,11 +146,15 @@ func (p *present) Collect(all chan<- prometheus.Metric) {
 		all <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, float64(value), labels...)
 	}
 	token := p.token.Stats()
-	here := 0
-	if token.Here {
-		here = 1
+	flag := func(d *prometheus.Desc, set bool) {
+		value := 0
+		if set {
+			value = 1
+		}
+		gauge(d, value)
 	}
-	gauge(hereDesc, here)
+	flag(hereDesc, token.Here)
+	flag(refusedDesc, token.Refused != nil)
 	gauge(sessionsDesc, token.Sessions, "most")
 	gauge(sessionsDesc, token.InUse, "in use")
 	all <- prometheus.MustNewConstMetric(lostDesc, prometheus.CounterValue, float64(token.Lost))
@@ -157,6 +164,14 @@ func (p *present) Collect(all chan<- prometheus.Metric) {
 	defer cancel()
 	stats, err := p.engine.Stats(ctx)
 	gauge(openDesc, stats.OpenKeys)
+	if stats.Room.Limit > 0 {
+		gauge(residentDesc, stats.Room.Objects, "there")
+		gauge(residentDesc, stats.Room.Limit, "most")
+	}
+	if m := stats.Room.Memory; m.Total > 0 {
+		all <- prometheus.MustNewConstMetric(memoryDesc, prometheus.GaugeValue, float64(m.Free), "free")
+		all <- prometheus.MustNewConstMetric(memoryDesc, prometheus.GaugeValue, float64(m.Total), "total")
+	}
 	if err != nil {
 		return
 	}

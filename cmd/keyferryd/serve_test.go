@@ -317,22 +317,30 @@ func freePort(t *testing.T) string {
 	return l.Addr().String()
 }
 
-type sick struct{ err error }
+type patient struct {
+	err    error
+	advice []string
+}
 
-func (s sick) Health(context.Context) error { return s.err }
+func (p patient) Health(context.Context) error { return p.err }
 
-func TestHealthSaysNothingButYesOrNo(t *testing.T) {
+func (p patient) Advice() []string { return p.advice }
+
+func TestHealthSaysNoMoreThanItShould(t *testing.T) {
+	sick := errors.New("the database at /var/lib/keyferry is locked")
 	for name, c := range map[string]struct {
-		err    error
+		patient
 		status int
 		body   string
 	}{
-		"well": {nil, http.StatusOK, "ok\n"},
-		"sick": {errors.New("the database at /var/lib/keyferry is locked"), http.StatusServiceUnavailable, "unavailable\n"},
+		"well":             {patient{}, http.StatusOK, "ok\n"},
+		"well, for now":    {patient{nil, []string{"Exercise."}}, http.StatusOK, "ok\nExercise.\n"},
+		"sick":             {patient{sick, nil}, http.StatusServiceUnavailable, "unavailable\n"},
+		"sick, until then": {patient{sick, []string{"Rest."}}, http.StatusServiceUnavailable, "unavailable\nRest.\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			w := httptest.NewRecorder()
-			healthHandler(sick{c.err}, slog.New(slog.DiscardHandler)).ServeHTTP(w, httptest.NewRequest(http.MethodGet, healthPath, http.NoBody))
+			healthHandler(c.patient, slog.New(slog.DiscardHandler)).ServeHTTP(w, httptest.NewRequest(http.MethodGet, healthPath, http.NoBody))
 			require.Equal(t, c.status, w.Code)
 			require.Equal(t, c.body, w.Body.String())
 		})

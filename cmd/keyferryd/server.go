@@ -91,7 +91,7 @@ func serve(ctx context.Context, cfg *config, out io.Writer, log *slog.Logger, an
 // finish.
 func serveHTTP(ctx context.Context, listener net.Listener, handler http.Handler, log *slog.Logger) error {
 	srv := &http.Server{
-		Handler:           withTimeout(handler),
+		Handler:           withTimeout(handler, requestTimeout),
 		ReadHeaderTimeout: readHeaderTimeout,
 		ReadTimeout:       readTimeout,
 		WriteTimeout:      writeTimeout,
@@ -120,9 +120,9 @@ func serveHTTP(ctx context.Context, listener net.Listener, handler http.Handler,
 
 // withTimeout gives each request a context that ends before its connection is
 // cut off, so that it gets an answer.
-func withTimeout(next http.Handler) http.Handler {
+func withTimeout(next http.Handler, timeout time.Duration) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), requestTimeout)
+		ctx, cancel := context.WithTimeout(r.Context(), timeout)
 		defer cancel()
 		next.ServeHTTP(w, r.WithContext(ctx))
 	})

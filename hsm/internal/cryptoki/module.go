@@ -18,6 +18,7 @@ import "C"
 import (
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -152,6 +153,9 @@ type Token struct {
 	Manufacturer, Model         string
 	Initialized, PINInitialized bool
 	MaxSessions                 uint // 0: the token does not say, or has no limit
+	// Of memory for private objects, in bytes. Both are 0 where the token does
+	// not say (CK_UNAVAILABLE_INFORMATION).
+	FreePrivate, TotalPrivate uint64
 
 	// Of the user PIN: a wrong one was entered since the last login; one more
 	// locks it; it is locked. Not every token says so.
@@ -168,8 +172,7 @@ func (m *Module) Tokens() ([]Token, error) {
 	var out []Token
 	var sick error
 	for _, slot := range slots {
-		var info C.ck_token_info
-		err := m.direct("C_GetTokenInfo", func() C.ck_rv { return C.kf_token_info(m.f, slot, &info) }).err()
+		t, err := m.Token(uint(slot))
 		if errors.Is(err, TokenNotPresent) || errors.Is(err, TokenNotRecognized) {
 			continue
 		}
@@ -177,22 +180,48 @@ func (m *Module) Tokens() ([]Token, error) {
 			sick = fmt.Errorf("slot %d: %w", uint(slot), err)
 			continue
 		}
-		t := Token{
-			Slot: uint(slot), Label: trim(info.label[:]), Serial: trim(info.serial[:]),
-			Manufacturer: trim(info.manufacturer[:]), Model: trim(info.model[:]),
-			Initialized:    info.flags&pkcs11.CKF_TOKEN_INITIALIZED != 0,
-			PINInitialized: info.flags&pkcs11.CKF_USER_PIN_INITIALIZED != 0,
-			PINCountLow:    info.flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0,
-			PINFinalTry:    info.flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0,
-			PINLocked:      info.flags&pkcs11.CKF_USER_PIN_LOCKED != 0,
-		}
-		// CK_EFFECTIVELY_INFINITE is 0, and some say it as a huge number.
-		if info.max_sessions < 1<<31 {
-			t.MaxSessions = uint(info.max_sessions)
-		}
 		out = append(out, t)
 	}
 	return out, sick
+}
+
+// Token asks for the token in a slot.
+func (m *Module) Token(slot uint) (Token, error) {
+	var info C.ck_token_info
+	if err := m.direct("C_GetTokenInfo", func() C.ck_rv { return C.kf_token_info(m.f, C.ck_ulong(slot), &info) }).err(); err != nil {
+		return Token{}, err
+	}
+	t := Token{
+		Slot: slot, Label: trim(info.label[:]), Serial: trim(info.serial[:]),
+		Manufacturer: trim(info.manufacturer[:]), Model: trim(info.model[:]),
+		Initialized:    info.flags&pkcs11.CKF_TOKEN_INITIALIZED != 0,
+		PINInitialized: info.flags&pkcs11.CKF_USER_PIN_INITIALIZED != 0,
+		PINCountLow:    info.flags&pkcs11.CKF_USER_PIN_COUNT_LOW != 0,
+		PINFinalTry:    info.flags&pkcs11.CKF_USER_PIN_FINAL_TRY != 0,
+		PINLocked:      info.flags&pkcs11.CKF_USER_PIN_LOCKED != 0,
+	}
+	// CK_EFFECTIVELY_INFINITE is 0, and some say it as a huge number.
+	if info.max_sessions < 1<<31 {
+		t.MaxSessions = uint(info.max_sessions)
+	}
+	t.FreePrivate, t.TotalPrivate = memory(uint64(info.free_private), uint64(info.total_private))
+	return t, nil
+}
+
+// memory is what a token says of its memory, or zeros where it says nothing:
+// CK_UNAVAILABLE_INFORMATION, in 64 bits or, by those who know no others, in
+// 32, or numbers that are none, such as NSS's one byte.
+func memory(free, total uint64) (uint64, uint64) {
+	const least = 1 << 10
+	for _, n := range []uint64{free, total} {
+		if n == math.MaxUint64 || n == math.MaxUint32 {
+			return 0, 0
+		}
+	}
+	if total < least || free > total {
+		return 0, 0
+	}
+	return free, total
 }
 
 // list makes a call that returns a list, again where that has grown between
