@@ -58,6 +58,12 @@ func BenchmarkEngine(b *testing.B) {
 	compare("Encrypt", "encrypt", []int{1, 8, 32}, func(n int) (*enginebench.Comparison, error) { return bench.Encrypt(ctx, n) })
 	compare("Decrypt", "decrypt", []int{1, 8}, func(n int) (*enginebench.Comparison, error) { return bench.Decrypt(ctx, n) })
 	compare("A key that is not open", "miss", []int{1, 8}, func(n int) (*enginebench.Comparison, error) { return bench.Miss(ctx, n) })
+	if err := bench.Keeps(); err != nil {
+		b.Logf("custody is not compared: %v", err)
+	} else {
+		compare("Custody, durable imports", "custody-import", []int{1, 8}, func(n int) (*enginebench.Comparison, error) { return bench.Custody(ctx, n) })
+		compare("Custody, encryption", "custody-encrypt", []int{1, 8}, func(n int) (*enginebench.Comparison, error) { return bench.CustodyUse(ctx, n) })
+	}
 	b.Run("parameters", func(b *testing.B) {
 		table := &enginebench.Table{Title: "Parameters for import"}
 		for b.Loop() {

@@ -2,7 +2,9 @@ package hsm
 
 import (
 	"context"
+	"crypto/rand"
 	"fmt"
+	"time"
 
 	p11 "github.com/keyferry/keyferry/hsm/internal/cryptoki"
 )
@@ -41,7 +43,7 @@ func (b *Bare) Close() error { return fault("close a session", b.s.Close()) }
 
 // unwrap is C_UnwrapKey of a customer's blob. The pair must be one that the
 // token has found before: nothing is searched for here.
-func (b *Bare) unwrap(id PairID, wrapped []byte) (p11.Handle, error) {
+func (b *Bare) unwrap(id PairID, wrapped []byte, tmpl *p11.Template) (p11.Handle, error) {
 	known, ok := b.c.pairs.Load(id)
 	if !ok {
 		return 0, ErrPairNotFound
@@ -51,13 +53,26 @@ func (b *Bare) unwrap(id PairID, wrapped []byte) (p11.Handle, error) {
 	if err != nil {
 		return 0, err
 	}
-	return b.s.Unwrap(params, p.handle, wrapped, b.c.measured)
+	return b.s.Unwrap(params, p.handle, wrapped, tmpl)
 }
 
 // Unwrap makes the calls of the shortest import there could be, with a pair of
 // sealed custody: C_UnwrapKey and C_DestroyObject.
 func (b *Bare) Unwrap(id PairID, wrapped []byte) error {
-	key, err := b.unwrap(id, wrapped)
+	key, err := b.unwrap(id, wrapped, b.c.measured)
+	if err != nil {
+		return fault("unwrap", err)
+	}
+	return fault("unwrap", b.s.DestroyObject(key))
+}
+
+// UnwrapResident is Unwrap with a pair of resident custody: C_UnwrapKey into an
+// object of the token, and C_DestroyObject. Residents lists what is left of it
+// where the process is killed.
+func (b *Bare) UnwrapResident(id PairID, instance string, wrapped []byte) error {
+	var object ObjectID
+	rand.Read(object[:]) // never fails: crypto/rand
+	key, err := b.unwrap(id, wrapped, b.c.rules.template(residentObject(object, residentLabel{instance: instance, made: time.Now()})...))
 	if err != nil {
 		return fault("unwrap", err)
 	}
@@ -68,7 +83,7 @@ func (b *Bare) Unwrap(id PairID, wrapped []byte) error {
 // C_GetAttributeValue of the whole template, C_Encrypt of a block and two C_Sign
 // with the material, C_WrapKey under the vault, and C_DestroyObject.
 func (b *Bare) Import(id PairID, wrapped, context []byte) error {
-	key, err := b.unwrap(id, wrapped)
+	key, err := b.unwrap(id, wrapped, b.c.measured)
 	if err != nil {
 		return fault("import", err)
 	}

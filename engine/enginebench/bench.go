@@ -6,8 +6,9 @@
 //
 // Start with New. Everything goes over Config.Keys CMKs, which it makes in a
 // store that holds nothing else. On the token it leaves nothing behind but
-// wrapping pairs of the instance Instance, which Close destroys, and which the
-// next New destroys after ten minutes where a process was killed.
+// wrapping pairs and resident material of the instance Instance, which Close
+// destroys, and which the next New destroys after ten minutes where a process was
+// killed.
 //
 // The columns:
 //
@@ -67,6 +68,9 @@ type Bench struct {
 	routes map[engine.WrappingOffer]*route
 	offers []engine.WrappingOffer
 	turn   atomic.Int64
+
+	// CMKs whose material is resident; none until a Comparison needs them.
+	residents *route
 }
 
 // key is a CMK, and what its customer knows.
@@ -154,6 +158,15 @@ func New(ctx context.Context, cfg Config) (_ *Bench, err error) {
 // Close destroys on the token what New and the Comparisons have made there.
 func (b *Bench) Close() error {
 	var errs []error
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	if b.residents != nil {
+		for i := range b.residents.imports {
+			if keyID := b.residents.imports[i].KeyID; keyID != "" {
+				errs = append(errs, b.engine.DeleteKeyMaterial(ctx, keyID))
+			}
+		}
+	}
 	for i := range b.keys {
 		clear(b.keys[i].material)
 		if b.keys[i].open != nil {
@@ -165,8 +178,6 @@ func (b *Bench) Close() error {
 			errs = append(errs, e.Close())
 		}
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-	defer cancel()
 	return errors.Join(append(errs, b.destroyPairs(ctx))...)
 }
 

@@ -1,0 +1,175 @@
+package enginebench
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+
+	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/hsm"
+)
+
+// residentKeys is over how many CMKs the resident loads go: what a small HSM
+// holds beside its other objects. What they cost grows with it on tokens that
+// search slowly.
+const residentKeys = 200
+
+// Keeps returns why the token keeps no resident material, nil if it does.
+func (b *Bench) Keeps() error { return b.token.Keeps(hsm.Resident, hsm.AES256) }
+
+// reside makes CMKs whose material is resident. hsm.ErrUnsupported if the token
+// keeps none.
+func (b *Bench) reside(ctx context.Context) (*route, error) {
+	if b.residents != nil {
+		return b.residents, nil
+	}
+	if err := b.Keeps(); err != nil {
+		return nil, err
+	}
+	r := &route{offer: b.offers[0], imports: make([]engine.ImportInput, residentKeys), pairs: make([]hsm.PairID, residentKeys)}
+	b.residents = r // Close destroys what has been made by then
+	return r, each(residentKeys, func(i int) error {
+		key, err := b.engine.CreateKey(ctx, engine.CreateKeyInput{Custody: hsm.Resident})
+		if err != nil {
+			return err
+		}
+		material := make([]byte, hsm.AES256.Len())
+		rand.Read(material) // never fails: crypto/rand
+		if r.imports[i], err = b.customer(ctx, r, key.KeyID, material); err != nil {
+			return err
+		}
+		if _, err = b.engine.ImportKeyMaterial(ctx, r.imports[i]); err != nil {
+			return err
+		}
+		row, err := b.store.Key(ctx, key.KeyID)
+		copy(r.pairs[i][:], row.PairID)
+		return err
+	})
+}
+
+// Custody compares imports, durable ones of material that the CMKs have already,
+// in both custodies, each beside the shortest loop of bare calls: C_UnwrapKey into
+// an object of the session, or of the token, and C_DestroyObject. hsm.ErrUnsupported
+// if the token keeps no resident material.
+func (b *Bench) Custody(ctx context.Context, callers int) (*Comparison, error) {
+	stays, err := b.reside(ctx)
+	if err != nil {
+		return nil, err
+	}
+	sealed, err := b.route(ctx, b.offers[0])
+	if err != nil {
+		return nil, err
+	}
+	c := &Comparison{name: fmt.Sprintf("import, %s", b.offers[0]), callers: callers, row: custodies}
+	type step = func(context.Context) error
+	err = c.add("bare sealed", func(int) (step, error) {
+		s, err := b.session(ctx, c)
+		return func(context.Context) error {
+			i := b.next(len(sealed.imports))
+			return s.Unwrap(sealed.pairs[i], sealed.imports[i].EncryptedKeyMaterial)
+		}, err
+	})
+	err = errors.Join(err, c.add("sealed", func(caller int) (step, error) { return b.importing(sealed, caller, callers), nil }))
+	err = errors.Join(err, c.add("bare resident", func(int) (step, error) {
+		s, err := b.session(ctx, c)
+		return func(context.Context) error {
+			i := b.next(len(stays.imports))
+			return s.UnwrapResident(stays.pairs[i], Instance, stays.imports[i].EncryptedKeyMaterial)
+		}, err
+	}))
+	err = errors.Join(err, c.add("resident", func(caller int) (step, error) { return b.importing(stays, caller, callers), nil }))
+	return c, err
+}
+
+// CustodyUse compares encryptions of 64 bytes under CMKs of both custodies that
+// are open, each beside C_EncryptInit and C_Encrypt.
+func (b *Bench) CustodyUse(ctx context.Context, callers int) (*Comparison, error) {
+	stays, err := b.reside(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := b.openAll(ctx); err != nil {
+		return nil, err
+	}
+	open := make([]*hsm.Key, len(stays.imports))
+	err = each(len(open), func(i int) error {
+		key, err := b.openResident(ctx, stays.imports[i].KeyID)
+		open[i] = key
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	plaintext := make([]byte, plaintextLen)
+	c := &Comparison{name: "encrypt 64 bytes", callers: callers, row: custodies}
+	type step = func(context.Context) error
+	bare := func(n int, key func(i int) *hsm.Key) func(int) (step, error) {
+		return func(int) (step, error) {
+			s, err := b.session(ctx, c)
+			var iv [12]byte
+			aad := make([]byte, aadLen)
+			return func(context.Context) error {
+				binary.LittleEndian.PutUint64(iv[:], uint64(b.turn.Load())) // of no secret, and thrown away
+				return s.Encrypt(key(b.next(n)), &iv, plaintext, aad)
+			}, err
+		}
+	}
+	ours := func(n int, keyID func(i int) string) func(int) (step, error) {
+		return func(int) (step, error) {
+			return func(ctx context.Context) error {
+				_, err := b.engine.Encrypt(ctx, keyID(b.next(n)), plaintext, nil)
+				return err
+			}, nil
+		}
+	}
+	return c, errors.Join(
+		c.add("bare sealed", bare(len(b.keys), func(i int) *hsm.Key { return b.keys[i].open })),
+		c.add("sealed", ours(len(b.keys), func(i int) string { return b.keys[i].id })),
+		c.add("bare resident", bare(len(open), func(i int) *hsm.Key { return open[i] })),
+		c.add("resident", ours(len(open), func(i int) string { return stays.imports[i].KeyID })),
+	)
+}
+
+// openResident opens the material of a CMK for bare calls. Closing it would do
+// nothing: its object stays.
+func (b *Bench) openResident(ctx context.Context, keyID string) (*hsm.Key, error) {
+	row, err := b.store.Key(ctx, keyID)
+	if err != nil {
+		return nil, err
+	}
+	var m hsm.Material
+	if err := m.UnmarshalBinary(row.Material); err != nil {
+		return nil, err
+	}
+	var id hsm.Identity
+	copy(id.KCV[:], row.KCV)
+	copy(id.MaterialID[:], row.MaterialID)
+	return b.token.OpenResident(ctx, m, Instance, []byte(keyID), id)
+}
+
+// custodies are the columns of a comparison of both custodies: of the bare calls
+// with an object of the session, and with one of the token.
+func custodies(c *Comparison) []Metric {
+	by := map[string]*tally{}
+	for _, l := range c.loads {
+		by[l.name] = &l.tally
+	}
+	bareSealed, sealed, bareResident, resident := by["bare sealed"], by["sealed"], by["bare resident"], by["resident"]
+	return []Metric{
+		{"bare-session/s", bareSealed.perSecond()},
+		{"sealed/s", sealed.perSecond()},
+		{"sealed-ratio", sealed.perSecond() / bareSealed.perSecond()},
+		{"bare-token/s", bareResident.perSecond()},
+		{"resident/s", resident.perSecond()},
+		{"resident-ratio", resident.perSecond() / bareResident.perSecond()},
+		{"bare-session-cpu-µs", bareSealed.cpu()},
+		{"sealed-cpu-µs", sealed.cpu()},
+		{"bare-token-cpu-µs", bareResident.cpu()},
+		{"resident-cpu-µs", resident.cpu()},
+		{"sealed-p50-µs", sealed.percentile(50)},
+		{"resident-p50-µs", resident.percentile(50)},
+		{"resident-p99-µs", resident.percentile(99)},
+	}
+}
