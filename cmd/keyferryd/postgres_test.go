@@ -73,6 +73,10 @@ func TestMigrateAndServe(t *testing.T) {
 	dsn, err := os.ReadFile(s.file("dsn"))
 	require.NoError(t, err)
 	_, database, _ := strings.Cut(strings.TrimSpace(string(dsn)), "dbname=")
+	require.NoError(t, pg.Exec(t.Context(), database, `DELETE FROM keyferry_schema WHERE version_id = (SELECT max(version_id) FROM keyferry_schema)`))
+	_, stderr, err = s.keyferryd(t, "serve")
+	require.Error(t, err)
+	require.Regexp(t, `\Akeyferryd: the database has schema version [1-9]\d* and this program needs version \d+: back it up and run "keyferryd migrate" once[^\n]*\n\z`, stderr)
 	require.NoError(t, pg.Exec(t.Context(), database, `INSERT INTO keyferry_schema (version_id, is_applied) VALUES (4711, true)`))
 	for _, command := range []string{"serve", "migrate"} {
 		_, stderr, err = s.keyferryd(t, command)

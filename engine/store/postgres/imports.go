@@ -16,9 +16,10 @@ const (
 	bindCheckQuery = `SELECT EXISTS (SELECT 1 FROM cmk WHERE key_id = $1),
 	EXISTS (SELECT 1 FROM import_token WHERE id = $2)`
 	lockGroupQuery = `SELECT 1 FROM pair_group WHERE spec = $1 AND algorithm = $2 FOR UPDATE`
-	// The bound is small; counting stops there.
+	// The bound is small; counting stops there. Those that have not expired are
+	// the last ones that were bound.
 	boundPairsQuery = `SELECT count(*) FROM (SELECT 1 FROM pair
-	WHERE spec = $1 AND algorithm = $2 AND bound_at IS NOT NULL AND expires_at > $3 LIMIT $4) AS bound`
+	WHERE spec = $1 AND algorithm = $2 AND bound_at IS NOT NULL AND expires_at > $3 ORDER BY bound_at DESC LIMIT $4) AS bound`
 	// One that is being retired at this moment is passed over.
 	readyPairQuery = `SELECT ` + pairColumns + ` FROM pair
 	WHERE spec = $1 AND algorithm = $2 AND expires_at IS NULL ORDER BY created_at, id LIMIT 1 FOR UPDATE SKIP LOCKED`

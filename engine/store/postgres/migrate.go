@@ -6,6 +6,7 @@ import (
 	"embed"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"path"
 	"strconv"
@@ -98,7 +99,11 @@ func Migrate(ctx context.Context, cfg Config) (from, to int64, err error) {
 	if err := db.PingContext(ctx); err != nil {
 		return 0, 0, outcome(ctx, err)
 	}
-	p, err := newProvider(db, &cfg)
+	var version string
+	if err := db.QueryRowContext(ctx, `SELECT version()`).Scan(&version); err != nil {
+		return 0, 0, outcome(ctx, err)
+	}
+	p, err := newProvider(db, &cfg, strings.HasPrefix(version, "CockroachDB"))
 	if err != nil {
 		return 0, 0, err
 	}
@@ -115,10 +120,15 @@ func Migrate(ctx context.Context, cfg Config) (from, to int64, err error) {
 	return from, want, nil
 }
 
-func newProvider(db *sql.DB, cfg *Config) (*goose.Provider, error) {
+// newProvider prepares the migrations, for a server with columns of the
+// collation "C" or without.
+func newProvider(db *sql.DB, cfg *Config, uncollated bool) (*goose.Provider, error) {
 	dir, err := fs.Sub(migrations, "migrations")
 	if err != nil {
 		return nil, fmt.Errorf("postgres: %w", err)
+	}
+	if uncollated {
+		dir = bytewise{dir}
 	}
 	// A row of a table, and no advisory lock: not every cluster has those.
 	locker, err := lock.NewPostgresTableLocker(lock.WithTableName(lockTable),
@@ -133,3 +143,31 @@ func newProvider(db *sql.DB, cfg *Config) (*goose.Provider, error) {
 	}
 	return p, nil
 }
+
+// bytewise is migrations for a server that compares text by its bytes anyway,
+// and has no columns of the collation "C": CockroachDB.
+type bytewise struct{ fs.FS }
+
+// Open implements fs.FS.
+func (b bytewise) Open(name string) (fs.File, error) {
+	f, err := b.FS.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	if info, err := f.Stat(); err != nil || info.IsDir() {
+		return f, err
+	}
+	text, err := io.ReadAll(f)
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	return &bytewiseFile{f, strings.NewReader(strings.ReplaceAll(string(text), ` COLLATE "C"`, ""))}, nil
+}
+
+type bytewiseFile struct {
+	fs.File
+	text *strings.Reader
+}
+
+// Read implements fs.File.
+func (f *bytewiseFile) Read(p []byte) (int, error) { return f.text.Read(p) }

@@ -23,8 +23,10 @@ const (
 	ON CONFLICT (digest) DO UPDATE SET seen_at = excluded.seen_at, expires_at = excluded.expires_at
 	WHERE nonce.expires_at <= excluded.seen_at
 	RETURNING digest`
-	deleteNoncesQuery = `DELETE FROM nonce WHERE digest IN
-	(SELECT digest FROM nonce WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED)`
+	// Of an array each is found by the index; a subquery might be joined with
+	// the whole table.
+	deleteNoncesQuery = `DELETE FROM nonce WHERE digest = ANY (ARRAY
+	(SELECT digest FROM nonce WHERE expires_at <= $1 ORDER BY expires_at LIMIT $2 FOR UPDATE SKIP LOCKED))`
 )
 
 const (

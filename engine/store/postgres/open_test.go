@@ -126,6 +126,25 @@ func TestOtherSchemas(t *testing.T) {
 	require.ErrorContains(t, err, "a newer Keyferry has migrated it", "never backwards")
 }
 
+// TestBytewise makes the tables as for CockroachDB.
+func TestBytewise(t *testing.T) {
+	dsn := emptyDSN(t, sharedServer(t))
+	postgres.MigrateBytewise(t, dsn)
+	c, err := pgx.Connect(t.Context(), dsn)
+	require.NoError(t, err)
+	defer func() { require.NoError(t, c.Close(context.Background())) }()
+	var collated int
+	require.NoError(t, c.QueryRow(t.Context(), `SELECT count(*) FROM information_schema.columns
+		WHERE table_schema = 'public' AND collation_name IS NOT NULL`).Scan(&collated))
+	require.Zero(t, collated)
+	s := open(t, dsn)
+	defer func() { require.NoError(t, s.Close()) }()
+	require.NoError(t, s.CreateKey(t.Context(), testKey(1)))
+	_, total, err := s.ListKeys(t.Context(), store.KeyFilter{Specs: []string{testKey(1).Spec}}, 0, 1)
+	require.NoError(t, err)
+	require.Equal(t, 1, total)
+}
+
 func TestInstancesDiffer(t *testing.T) {
 	seen := map[string]bool{}
 	for range 2 {

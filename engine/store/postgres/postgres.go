@@ -1,5 +1,5 @@
-// Package postgres is the store for several nodes: a PostgreSQL database, or a
-// cluster that speaks its protocol and takes its SQL, such as CockroachDB.
+// Package postgres is the store for several nodes: a PostgreSQL database of
+// version 13 or later, or a cluster that speaks its protocol and takes its SQL.
 //
 // Start with Migrate, which makes the tables, and Open, which checks that they
 // are there. Any number of Stores, in any number of processes, work on one
@@ -17,6 +17,37 @@
 // A call whose context has ended waits a moment longer for the server to
 // finish the statement that is under way, so that it is settled when the call
 // returns; a server that does not answer is given up soon after.
+//
+// There must be one database. Open takes the host of the DSN that takes writes;
+// if there are two, because a failover has left the old primary running with
+// nodes that still reach it, they are two databases. Each keeps every promise to
+// those who use it, but what is deleted in one is used in the other, for as long
+// as it lasts and not for one second, and of two imports one is lost when one of
+// the two is thrown away. Nothing here can notice. Who replicates must fence:
+// the old primary must be known to take no writes before the new one takes any,
+// and a failover must lose nothing that was acknowledged (synchronous_commit=on
+// with synchronous_standby_names).
+//
+// # CockroachDB
+//
+// The statements keep to what CockroachDB's documentation says that it takes,
+// from version 22.2 on (SKIP LOCKED) and best from 24.1 on (READ COMMITTED). No
+// binary of it was at hand: nothing here was ever run on it. What is known to
+// differ is provided for: it has no notifications, so that every use of a key
+// reads its row first once the last look is 400 ms old; columns have no
+// collation there; transactions may be SERIALIZABLE and are then made again
+// when they meet. Not proven, as the documentation does not settle it:
+//
+//   - FOR KEY SHARE in the SELECT of an INSERT with ON CONFLICT (PutUsages), and
+//     FOR UPDATE SKIP LOCKED in ARRAY(SELECT …) (DeleteNonces);
+//   - a row changed, and another table's row added, by the common table
+//     expressions of one statement (UpdateKey with a receipt);
+//   - that numbers of GENERATED … AS IDENTITY rise in the order in which they are
+//     given, on all of its nodes, on which the order of a key's receipts depends;
+//   - set_config of statement_timeout, idle_in_transaction_session_timeout and
+//     synchronous_commit, the latter being without meaning there;
+//   - the statements of goose (github.com/pressly/goose), with its table of
+//     locks, and several changes of the schema in one transaction.
 //
 // PostgreSQL keeps old versions of rows until it vacuums them, and in its
 // write-ahead log, replicas and backups for longer. Deleted key material is in

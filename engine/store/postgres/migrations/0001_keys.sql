@@ -1,6 +1,7 @@
 -- Times are whole seconds since 1970 UTC, NULL where Go has the zero time.
--- What is compared or ordered is so by its bytes (COLLATE "C"). Nothing here is
--- PostgreSQL's alone: no trigger, no function, no type of its own.
+-- What is compared or ordered is so by its bytes (COLLATE "C", which is left out
+-- for CockroachDB, whose text is so anyway). Nothing else here is PostgreSQL's
+-- alone: no trigger, no function, no type of its own.
 
 -- +goose Up
 

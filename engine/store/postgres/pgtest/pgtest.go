@@ -65,7 +65,10 @@ var FastSettings = []string{"fsync=off", "full_page_writes=off"}
 
 // Start makes a cluster in a temporary directory and starts its server.
 // PostgreSQL refuses to run as root, so it runs as nobody there.
-func Start(settings ...string) (_ *Server, err error) {
+func Start(settings ...string) (*Server, error) { return StartIn("", settings...) }
+
+// StartIn is Start below a directory.
+func StartIn(dir string, settings ...string) (_ *Server, err error) {
 	s := &Server{settings: settings, log: &log{}}
 	s.template = sync.OnceValue(func() error { return s.makeTemplate(context.Background()) })
 	if s.bin, err = findPrograms(); err != nil {
@@ -76,7 +79,7 @@ func Start(settings ...string) (_ *Server, err error) {
 			return nil, err
 		}
 	}
-	if s.dir, err = os.MkdirTemp("", "keyferry-pg-"); err != nil {
+	if s.dir, err = os.MkdirTemp(dir, "keyferry-pg-"); err != nil {
 		return nil, err
 	}
 	defer func() {
@@ -84,10 +87,8 @@ func Start(settings ...string) (_ *Server, err error) {
 			err = errors.Join(err, os.RemoveAll(s.dir))
 		}
 	}()
-	if s.as != nil {
-		if err := os.Chown(s.dir, int(s.as.Uid), int(s.as.Gid)); err != nil {
-			return nil, err
-		}
+	if err := s.Own(s.dir); err != nil {
+		return nil, err
 	}
 	if out, err := s.command("initdb", "-D", s.data(), "-U", "keyferry", "-A", "trust", "-E", "UTF8", "--locale=C.UTF-8",
 		"--no-sync", "--no-instructions").CombinedOutput(); err != nil {
@@ -97,6 +98,14 @@ func Start(settings ...string) (_ *Server, err error) {
 		return nil, err
 	}
 	return s, nil
+}
+
+// Own gives a directory to the user that the server runs as.
+func (s *Server) Own(dir string) error {
+	if s.as == nil {
+		return nil
+	}
+	return os.Chown(dir, int(s.as.Uid), int(s.as.Gid))
 }
 
 // nobody is an ordinary user of every machine.
@@ -219,15 +228,15 @@ func (s *Server) DSN(database string) string {
 	return "host=" + s.dir + " user=keyferry dbname=" + database
 }
 
-// template is the database that Database copies: to migrate each of them would
-// take twice as long.
-const template = "keyferry_template"
+// Template is the database that Database copies: to migrate each of them would
+// take twice as long. It is there after the first.
+const Template = "keyferry_template"
 
 func (s *Server) makeTemplate(ctx context.Context) error {
-	if err := s.Exec(ctx, "postgres", `CREATE DATABASE `+template+` TEMPLATE template0`); err != nil {
+	if err := s.Exec(ctx, "postgres", `CREATE DATABASE `+Template+` TEMPLATE template0`); err != nil {
 		return err
 	}
-	_, _, err := postgres.Migrate(ctx, postgres.Config{DSN: s.DSN(template)})
+	_, _, err := postgres.Migrate(ctx, postgres.Config{DSN: s.DSN(Template)})
 	return err
 }
 
@@ -245,7 +254,7 @@ func (s *Server) Database(ctx context.Context) (string, error) {
 	s.mu.Unlock()
 	if name == "" {
 		var err error
-		if name, err = s.create(ctx, template); err != nil {
+		if name, err = s.create(ctx, Template); err != nil {
 			return "", err
 		}
 	}
