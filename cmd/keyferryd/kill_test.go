@@ -5,8 +5,12 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
+	"fmt"
+	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -18,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/keyferry/keyferry/engine"
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/engine/receipt"
 	"github.com/keyferry/keyferry/hsm"
@@ -132,10 +137,111 @@ func (c *customer) receiptExpiries(t *testing.T) (expiries []int64) {
 // time after another number of answers. What was answered is there afterwards.
 func TestKillsDuringImports(t *testing.T) {
 	t.Parallel()
-	const kills, customers = 20, 4
 	dir := t.TempDir()
 	require.NoError(t, startDevServer(t, dir).stop())
 	shareOnePair(t, dir)
+	killWhileImporting(t, dir, 20)
+}
+
+// The same of material that is resident, a few times: what is on the token then
+// is the material of every key that has any, and nothing else once the sweep has
+// been there.
+func TestKillsDuringResidentImports(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	require.NoError(t, startDevServer(t, dir).stop())
+	shareOnePair(t, dir)
+	path := filepath.Join(dir, devConfigFile)
+	diagnosed, err := keyferryd(t, "doctor", "--quick", "--json", "--config", path).Output()
+	require.NoError(t, err)
+	var d diagnosis
+	require.NoError(t, json.Unmarshal(diagnosed, &d))
+	for _, f := range d.Capabilities {
+		if f.ID == hsm.FindResident && f.Verdict != hsm.Proven {
+			t.Skipf("no resident key material on this token, but on that of \"make softhsm\": %s", f.Evidence)
+		}
+	}
+	configure(t, dir, func(cfg *config) { cfg.Custody = hsm.Resident.String() })
+	all := killWhileImporting(t, dir, 4)
+
+	exe, err := exec.LookPath(aftermathCommand)
+	require.NoError(t, err)
+	cmd := exec.CommandContext(t.Context(), exe, path)
+	cmd.Stderr = os.Stderr
+	text, err := cmd.Output()
+	require.NoError(t, err)
+	var left aftermathOf
+	require.NoError(t, json.Unmarshal(text, &left))
+	enabled := 0
+	for _, l := range all {
+		if l.acknowledged != 0 {
+			enabled++
+		}
+	}
+	require.Equal(t, aftermathOf{Entries: enabled, Objects: enabled}, left)
+}
+
+// aftermathCommand is this binary as a server that starts when all that a crash
+// has left is old, sweeps, and says what there is.
+const aftermathCommand = "keyferryd-test-aftermath"
+
+type aftermathOf struct{ Entries, Objects int } // of resident material, in the journal and on the token
+
+func aftermath() {
+	left, err := sweepLater(context.Background(), os.Args[1])
+	if err == nil {
+		err = json.NewEncoder(os.Stdout).Encode(left)
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "aftermath:", err)
+		os.Exit(1)
+	}
+}
+
+func sweepLater(ctx context.Context, path string) (left aftermathOf, err error) {
+	cfg, err := loadConfig(path)
+	if err != nil {
+		return left, err
+	}
+	log := slog.New(slog.DiscardHandler)
+	token, err := openToken(ctx, &cfg, log)
+	if err != nil {
+		return left, err
+	}
+	defer func() { err = errors.Join(err, token.Close()) }()
+	db, err := openStore(ctx, &cfg.Store, log)
+	if err != nil {
+		return left, err
+	}
+	defer func() { err = errors.Join(err, db.Close()) }()
+	e, err := engine.New(ctx, engine.Config{
+		Token: token, Store: db, Custody: cfg.custody(), ManualSweep: true,
+		Now: func() time.Time { return time.Now().Add(11 * time.Minute) },
+	})
+	if err != nil {
+		return left, err
+	}
+	defer func() { err = errors.Join(err, e.Close()) }()
+	if err := e.Sweep(ctx); err != nil {
+		return left, err
+	}
+	entries, err := db.Residents(ctx, time.Time{}, 0)
+	if err != nil {
+		return left, err
+	}
+	instance, err := db.Instance(ctx)
+	if err != nil {
+		return left, err
+	}
+	objects, err := token.Residents(ctx, instance)
+	return aftermathOf{len(entries), len(objects)}, err
+}
+
+// killWhileImporting kills the server of a dev directory so many times, and
+// returns what its customers were told.
+func killWhileImporting(t *testing.T, dir string, kills int) []*ledger {
+	t.Helper()
+	const customers = 4
 	s := startDevServer(t, dir)
 	far := time.Now().Add(1000 * time.Hour).Unix()
 	var all []*ledger
@@ -182,6 +288,7 @@ func TestKillsDuringImports(t *testing.T) {
 	}
 	checkLog(t, s.client(t), all)
 	require.NoError(t, s.stop())
+	return all
 }
 
 // checkLog verifies the whole log of receipts, which has every import of all
@@ -236,11 +343,19 @@ func shareOnePair(t *testing.T, dir string) {
 // PKCS#1 v1.5.
 func usePairs(t *testing.T, dir string, pairs pairsConfig) {
 	t.Helper()
+	configure(t, dir, func(cfg *config) {
+		cfg.Token.AllowPKCS1v15 = false
+		cfg.Pairs = pairs
+	})
+}
+
+// configure changes the configuration of a dev directory.
+func configure(t *testing.T, dir string, change func(*config)) {
+	t.Helper()
 	path := filepath.Join(dir, devConfigFile)
 	cfg, err := loadConfig(path)
 	require.NoError(t, err)
-	cfg.Token.AllowPKCS1v15 = false
-	cfg.Pairs = pairs
+	change(&cfg)
 	text, err := yaml.Marshal(cfg)
 	require.NoError(t, err)
 	require.NoError(t, os.WriteFile(path, text, 0o600))

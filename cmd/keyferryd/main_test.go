@@ -30,7 +30,7 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 	}
-	testscript.Main(suite{m}, map[string]func(){"keyferryd": main, lootCommand: loot})
+	testscript.Main(suite{m}, map[string]func(){"keyferryd": main, lootCommand: loot, aftermathCommand: aftermath})
 }
 
 // suite is all tests, and the server that some of them share.
