@@ -155,8 +155,9 @@ type Engine struct {
 	pool     *pool
 	sweeping chan struct{} // held while sweeping
 
-	// Of sweeping: when the pairs of token and store were reconciled, and which
-	// rows the last sweep found spoilt.
+	// Of sweeping: when the lease was renewed, by elapsed, when the pairs of
+	// token and store were reconciled, and which rows the last sweep found spoilt.
+	leased     time.Duration
 	reconciled time.Time
 	spoilt     map[[sha256.Size]byte]bool
 

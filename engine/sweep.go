@@ -60,32 +60,62 @@ func (e *Engine) sweep(ctx context.Context) error {
 	if now.Sub(e.room.Load().At) >= watchInterval {
 		own = errors.Join(own, e.watchRoom(ctx))
 	}
-	held, err := e.store.Lease(ctx, sweepLease, e.node, sweepLeaseLife)
-	if err != nil || !held {
-		return errors.Join(own, err)
+	e.leased = 0
+	for _, work := range []func(context.Context, time.Time) error{
+		func(ctx context.Context, now time.Time) error {
+			if now.Sub(e.reconciled) < reconcileInterval {
+				return nil
+			}
+			return e.reconcile(ctx)
+		},
+		e.sweepKeys,
+		e.sweepPairs,
+		e.sweepResidents,
+		e.store.DeleteNonces,
+		e.sweepLog,
+	} {
+		if err := e.keepSweeping(ctx); errors.Is(err, errNotSweeping) {
+			return own
+		} else if err != nil {
+			return errors.Join(own, err)
+		}
+		err := work(ctx, now)
+		if errors.Is(err, errNotSweeping) {
+			return own
+		}
+		own = errors.Join(own, err)
 	}
-	var reconciled error
-	if now.Sub(e.reconciled) >= reconcileInterval {
-		reconciled = e.reconcile(ctx)
-	}
-	return errors.Join(
-		own,
-		reconciled,
-		e.sweepKeys(ctx, now),
-		e.sweepPairs(ctx, now),
-		e.sweepResidents(ctx, now),
-		e.store.DeleteNonces(ctx, now),
-		e.sweepLog(ctx, now),
-	)
+	return own
 }
 
-// One node sweeps for all, until it has not done so for sweepLeaseLife. Should
-// two do it all the same, because one was held up for longer than that, each
-// row is still changed once: they compare revisions.
+// One node sweeps for all, until it has not done so for sweepLeaseLife. It asks
+// again as it goes on, so that a sweep may last longer than that. Should it be
+// held up in the midst of one thing, so that another node does it too, a row is
+// still changed once, as they compare revisions, and an object destroyed once.
 const (
 	sweepLease     = "sweep"
 	sweepLeaseLife = 10 * time.Second
 )
+
+// errNotSweeping: another node sweeps.
+var errNotSweeping = errors.New("engine: another node sweeps")
+
+// keepSweeping renews the lease before it ends, or returns errNotSweeping.
+func (e *Engine) keepSweeping(ctx context.Context) error {
+	now := e.elapsed()
+	if e.leased > 0 && now-e.leased < sweepLeaseLife/2 {
+		return nil
+	}
+	held, err := e.store.Lease(ctx, sweepLease, e.node, sweepLeaseLife)
+	switch {
+	case err != nil:
+		return storeError(err)
+	case !held:
+		return errNotSweeping
+	}
+	e.leased = now
+	return nil
+}
 
 // sweepKeys goes on until no CMK is due. One that cannot be swept, because its
 // row was tampered with or is being changed just now, is left for the next
@@ -106,6 +136,9 @@ func (e *Engine) sweepKeys(ctx context.Context, now time.Time) error {
 			}
 			domain, record := authenticated(&rows[i])
 			row := digest(domain, record, rows[i].MAC)
+			if err := e.keepSweeping(ctx); err != nil {
+				return errors.Join(failed, err)
+			}
 			err := hsm.ErrUntrusted
 			if !e.spoilt[row] { // which would be logged again every second
 				err = e.sweepKey(ctx, &rows[i], now)
@@ -179,6 +212,9 @@ func (e *Engine) sweepPairs(ctx context.Context, now time.Time) error {
 			id := due[i].ID
 			if skipped[id] {
 				continue
+			}
+			if err := e.keepSweeping(ctx); err != nil {
+				return errors.Join(failed, err)
 			}
 			if err := e.destroyPair(ctx, id); err != nil {
 				skipped[id] = true

@@ -22,7 +22,7 @@ func newDisk(t *testing.T, megabytes int) (dir string, grow func(megabytes int))
 		t.Skip("only root can mount a small disk")
 	}
 	// Below /tmp, where another user gets to it.
-	dir, err := os.MkdirTemp("", "keyferry-disk-")
+	dir, err := os.MkdirTemp("", "keyferry-disk-") //nolint:usetesting // see above
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, os.RemoveAll(dir)) })
 	size := func(megabytes int) string { return fmt.Sprintf("size=%dm,mode=0755", megabytes) }
