@@ -72,6 +72,8 @@ test-container: ## run the tests in a container, then keyferryd in one against S
 bench: deps ## measure the engine, the token and the store beside bare calls
 	$(GO) test -run '^$$' -bench . -benchtime 4s -timeout 30m ./engine
 	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/store/...
+	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/acs
+	$(GO) test -run '^$$' -bench . -benchtime 10x -timeout 30m ./cmd/keyferryd
 
 # The tools of "make lint", each built once and kept by its version.
 tools := $(CURDIR)/build/tools

@@ -341,7 +341,7 @@ func shareOnePair(t *testing.T, dir string) {
 
 // usePairs configures the wrapping pairs of a dev directory, none of them by
 // PKCS#1 v1.5.
-func usePairs(t *testing.T, dir string, pairs pairsConfig) {
+func usePairs(t testing.TB, dir string, pairs pairsConfig) {
 	t.Helper()
 	configure(t, dir, func(cfg *config) {
 		cfg.Token.AllowPKCS1v15 = false

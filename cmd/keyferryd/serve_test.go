@@ -309,7 +309,7 @@ func (s *site) certificate(t *testing.T) *x509.Certificate {
 	return cert
 }
 
-func freePort(t *testing.T) string {
+func freePort(t testing.TB) string {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	require.NoError(t, err)

@@ -74,10 +74,8 @@ func readHeader(r *http.Request, body []byte, scheme Scheme, fields string) (*me
 	if c.values, err = headerValues(r, c.headers); err != nil {
 		return nil, err
 	}
-	for _, name := range headersToSign(r, len(body) > 0) {
-		if _, ok := slices.BinarySearch(c.headers, name); !ok {
-			return nil, fail(ErrMalformed, "Host, every x-acs- header and the Content-Type of a body must be signed")
-		}
+	if !c.signsAll(r) {
+		return nil, fail(ErrMalformed, "Host, every x-acs- header and the Content-Type of a body must be signed")
 	}
 	m := &message{
 		scheme:    scheme,
@@ -96,7 +94,7 @@ func readHeader(r *http.Request, body []byte, scheme Scheme, fields string) (*me
 		return nil, fail(ErrMalformed, headerAccessKey+" is not the one of Credential")
 	}
 	m.check = func(secret []byte) error {
-		if c.header(headerHash) != hexSHA256(body) {
+		if c.header(headerHash) != c.hash() {
 			return fail(ErrMismatch, headerHash+" is not the hash of the body")
 		}
 		key, err := scope.key(secret, m.timestamp)
@@ -119,22 +117,28 @@ type authorization struct {
 }
 
 func parseAuthorization(fields string) (authorization, error) {
-	got := make(map[string]string, 3)
+	var a authorization
+	var signed string
+	seen := make([]string, 0, 3)
 	for field := range strings.SplitSeq(fields, ",") {
 		name, value, _ := strings.Cut(strings.TrimSpace(field), "=")
-		if _, twice := got[name]; twice {
+		if slices.Contains(seen, name) {
 			return authorization{}, fail(ErrDuplicate, "a field of Authorization")
 		}
-		got[name] = value
+		seen = append(seen, name)
+		switch name {
+		case "Credential":
+			a.credential = value
+		case "SignedHeaders":
+			signed = value
+		case "Signature":
+			a.signature = value
+		}
 	}
-	a := authorization{
-		credential:    got["Credential"],
-		signedHeaders: strings.Split(got["SignedHeaders"], ";"),
-		signature:     got["Signature"],
-	}
-	if len(got) != 3 || a.credential == "" || a.signature == "" || got["SignedHeaders"] == "" {
+	if len(seen) != 3 || a.credential == "" || a.signature == "" || signed == "" {
 		return authorization{}, fail(ErrMalformed, "Authorization needs Credential, SignedHeaders and Signature")
 	}
+	a.signedHeaders = strings.Split(signed, ";")
 	for i, name := range a.signedHeaders {
 		if name == "" || name != strings.ToLower(name) || i > 0 && name <= a.signedHeaders[i-1] {
 			return authorization{}, fail(ErrMalformed, "SignedHeaders must be in lower case and ascending order")
@@ -171,7 +175,7 @@ func headerValues(r *http.Request, names []string) ([]string, error) {
 			}
 			continue
 		}
-		if len(r.Header.Values(name)) == 0 {
+		if len(valuesOf(r.Header, name)) == 0 {
 			return nil, fail(ErrMalformed, "a signed header is missing")
 		}
 		value, err := one(r.Header, name)
@@ -193,6 +197,43 @@ type canonical struct {
 	body    []byte
 }
 
+// signsAll reports whether no part of the protocol is unsigned: what
+// headersToSign are, of a request as it came.
+func (c *canonical) signsAll(r *http.Request) bool {
+	signs := func(name string) bool {
+		_, ok := slices.BinarySearch(c.headers, name)
+		return ok
+	}
+	if !signs(headerHost) || len(c.body) > 0 && !signs(headerType) {
+		return false
+	}
+	for name := range r.Header {
+		if len(name) < len(headerPrefix) || !strings.EqualFold(name[:len(headerPrefix)], headerPrefix) {
+			continue
+		}
+		var lower [64]byte // of most names; no string is made of it to look it up
+		if len(name) > len(lower) {
+			if !signs(strings.ToLower(name)) {
+				return false
+			}
+			continue
+		}
+		for i := range len(name) {
+			lower[i] = name[i]
+			if 'A' <= name[i] && name[i] <= 'Z' {
+				lower[i] += 'a' - 'A'
+			}
+		}
+		_, ok := slices.BinarySearchFunc(c.headers, lower[:len(name)], func(header string, name []byte) int {
+			return strings.Compare(header, string(name))
+		})
+		if !ok {
+			return false
+		}
+	}
+	return true
+}
+
 // header is the value of a signed header, "" if it is not signed.
 func (c *canonical) header(name string) string {
 	if i, ok := slices.BinarySearch(c.headers, name); ok {
@@ -204,14 +245,37 @@ func (c *canonical) header(name string) string {
 // sign answers the signature in lower-case hexadecimal digits. The official
 // SDK leaves out the = of an empty parameter in ACS4, and only there.
 func (c *canonical) sign(key []byte) string {
-	var b strings.Builder
-	b.WriteString(c.method + "\n/\n" + canonicalQuery(c.query, c.scheme == ACS4) + "\n")
-	for i, name := range c.headers {
-		b.WriteString(name + ":" + c.values[i] + "\n")
+	b := make([]byte, 0, 1024)
+	b = append(append(b, c.method...), "\n/\n"...)
+	names := make([]string, 0, 32)
+	for name := range c.query {
+		names = append(names, name)
 	}
-	b.WriteString("\n" + strings.Join(c.headers, ";") + "\n" + hexSHA256(c.body))
-	return hex.EncodeToString(hmacSHA256(key, string(c.scheme)+"\n"+hexSHA256([]byte(b.String()))))
+	b = append(appendQuery(b, c.query, names, c.scheme == ACS4), '\n')
+	for i, name := range c.headers {
+		b = append(append(append(append(b, name...), ':'), c.values[i]...), '\n')
+	}
+	for i, name := range c.headers {
+		b = append(append(b, "\n;"[min(i, 1)]), name...)
+	}
+	b = append(append(b, '\n'), c.hash()...)
+	sum := sha256.Sum256(b)
+	b = append(append(b[:0], c.scheme...), '\n')
+	mac := hmac.New(sha256.New, key)
+	mac.Write(hex.AppendEncode(b, sum[:]))
+	return hex.EncodeToString(mac.Sum(sum[:0]))
 }
+
+// hash is that of the body.
+func (c *canonical) hash() string {
+	if len(c.body) == 0 {
+		return emptySHA256
+	}
+	return hexSHA256(c.body)
+}
+
+// emptySHA256 is the SHA-256 of nothing.
+const emptySHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 func hexSHA256(b []byte) string {
 	sum := sha256.Sum256(b)

@@ -115,9 +115,11 @@ func (m *message) request() Request {
 		Format:  m.params["Format"],
 		Params:  make(url.Values, len(m.params)),
 	}
+	values := make([]string, 0, len(m.params)) // of all, in one piece
 	for name, value := range m.params {
 		if !protocolParams[name] {
-			req.Params.Set(name, value)
+			values = append(values, value)
+			req.Params[name] = values[len(values)-1 : len(values) : len(values)]
 		}
 	}
 	return req

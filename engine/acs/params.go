@@ -6,6 +6,7 @@ import (
 	"maps"
 	"mime"
 	"net/http"
+	"net/textproto"
 	"net/url"
 	"slices"
 	"strings"
@@ -21,19 +22,32 @@ const (
 // parseForm reads a query or a form body. A name given twice is refused: which
 // of the two values counts would be the sender's guess against the signer's.
 func parseForm(s string) (map[string]string, error) {
-	values, err := url.ParseQuery(s)
-	if err != nil {
-		return nil, fail(ErrParameters, "query or form body is not URL-encoded")
-	}
-	params := make(map[string]string, len(values))
-	for name, v := range values {
-		if !utf8.ValidString(name) || !utf8.ValidString(v[0]) {
+	params := make(map[string]string, min(strings.Count(s, "&")+1, 32))
+	twice := ""
+	for s != "" {
+		var pair string
+		pair, s, _ = strings.Cut(s, "&")
+		if pair == "" {
+			continue
+		}
+		name, value, _ := strings.Cut(pair, "=")
+		name, err := url.QueryUnescape(name)
+		if err == nil {
+			value, err = url.QueryUnescape(value)
+		}
+		if err != nil || strings.Contains(pair, ";") { // as url.ParseQuery has it
+			return nil, fail(ErrParameters, "query or form body is not URL-encoded")
+		}
+		if !utf8.ValidString(name) || !utf8.ValidString(value) {
 			return nil, fail(ErrParameters, "query or form body is not UTF-8")
 		}
-		if len(v) > 1 {
-			return nil, fail(ErrDuplicate, name)
+		if _, there := params[name]; there && twice == "" {
+			twice = name
 		}
-		params[name] = v[0]
+		params[name] = value
+	}
+	if twice != "" {
+		return nil, fail(ErrDuplicate, twice)
 	}
 	return params, nil
 }
@@ -105,7 +119,8 @@ func bodyParams(r *http.Request, body []byte, types ...string) (map[string]strin
 	}
 }
 
-// requestParams are those of the query and of the body together.
+// requestParams are those of the query and of the body together, which may be
+// the same map.
 func requestParams(r *http.Request, body []byte, types ...string) (all, query map[string]string, err error) {
 	query, err = parseForm(r.URL.RawQuery)
 	if err != nil {
@@ -114,6 +129,9 @@ func requestParams(r *http.Request, body []byte, types ...string) (all, query ma
 	inBody, err := bodyParams(r, body, types...)
 	if err != nil {
 		return nil, nil, err
+	}
+	if len(inBody) == 0 {
+		return query, query, nil
 	}
 	all = maps.Clone(query)
 	for name, value := range inBody {
@@ -127,7 +145,7 @@ func requestParams(r *http.Request, body []byte, types ...string) (all, query ma
 
 // one is the only value of a header, "" if there is none.
 func one(h http.Header, name string) (string, error) {
-	switch v := h.Values(name); len(v) {
+	switch v := valuesOf(h, name); len(v) {
 	case 0:
 		return "", nil
 	case 1:
@@ -137,25 +155,55 @@ func one(h http.Header, name string) (string, error) {
 	}
 }
 
-// canonicalQuery joins the parameters in the byte order of their names, both
-// sides percent-encoded. bare leaves the = out where the value is empty.
-func canonicalQuery(params map[string]string, bare bool) string {
-	var b strings.Builder
-	for i, name := range slices.Sorted(maps.Keys(params)) {
-		if i > 0 {
-			b.WriteByte('&')
-		}
-		b.WriteString(percentEncode(name))
-		if params[name] != "" || !bare {
-			b.WriteByte('=')
-		}
-		b.WriteString(percentEncode(params[name]))
+// keys are the headers of the protocol as http.Header has them, which would
+// else be computed for each request.
+var keys = func() map[string]string {
+	m := map[string]string{}
+	for _, name := range []string{
+		headerAuthorization, headerHost, headerType, headerAction, headerVersion, headerDate, headerNonce, headerHash, headerAccessKey,
+	} {
+		m[name] = textproto.CanonicalMIMEHeaderKey(name)
 	}
-	return b.String()
+	return m
+}()
+
+func valuesOf(h http.Header, name string) []string {
+	if key, ok := keys[name]; ok {
+		return h[key]
+	}
+	return h.Values(name)
 }
 
-// percentEncode leaves only the unreserved characters of RFC 3986, section
-// 2.3, as they are. url.QueryEscape differs in the space alone.
-func percentEncode(s string) string {
-	return strings.ReplaceAll(url.QueryEscape(s), "+", "%20")
+// appendQuery joins the named parameters in the byte order of their names, which
+// it sorts, both sides percent-encoded. bare leaves the = out where the value is
+// empty.
+func appendQuery(b []byte, params map[string]string, names []string, bare bool) []byte {
+	slices.Sort(names)
+	for i, name := range names {
+		if i > 0 {
+			b = append(b, '&')
+		}
+		b = appendPercent(b, name)
+		value := params[name]
+		if value != "" || !bare {
+			b = append(b, '=')
+		}
+		b = appendPercent(b, value)
+	}
+	return b
+}
+
+// appendPercent leaves only the unreserved characters of RFC 3986, section 2.3,
+// as they are.
+func appendPercent[T string | []byte](b []byte, s T) []byte {
+	const digits = "0123456789ABCDEF"
+	for i := range len(s) {
+		c := s[i]
+		if 'a' <= c && c <= 'z' || 'A' <= c && c <= 'Z' || '0' <= c && c <= '9' || c == '-' || c == '_' || c == '.' || c == '~' {
+			b = append(b, c)
+		} else {
+			b = append(b, '%', digits[c>>4], digits[c&15])
+		}
+	}
+	return b
 }

@@ -23,6 +23,7 @@ func SignRPC(req *http.Request, body []byte, cred Credential, now time.Time, non
 	if err != nil {
 		return err
 	}
+	query = maps.Clone(query) // which all may be
 	for name, value := range map[string]string{
 		"AccessKeyId":      cred.AccessKeyID,
 		"SignatureMethod":  string(RPC),
@@ -83,11 +84,17 @@ func readRPC(r *http.Request, body []byte) (*message, error) {
 
 // rpcSignature signs all parameters but Signature. The path is always /.
 func rpcSignature(method string, params map[string]string, secret []byte) string {
-	signed := maps.Clone(params)
-	delete(signed, "Signature")
+	names := make([]string, 0, 32)
+	for name := range params {
+		if name != "Signature" {
+			names = append(names, name)
+		}
+	}
+	query := appendQuery(make([]byte, 0, 1024), params, names, false)
 	key := append(append(make([]byte, 0, len(secret)+1), secret...), '&')
 	defer clear(key)
 	mac := hmac.New(sha1.New, key)
-	mac.Write([]byte(method + "&%2F&" + percentEncode(canonicalQuery(signed, false))))
+	b := append(append(make([]byte, 0, 2048), method...), "&%2F&"...)
+	mac.Write(appendPercent(b, query))
 	return base64.StdEncoding.EncodeToString(mac.Sum(nil))
 }
