@@ -350,7 +350,7 @@ func usePairs(t testing.TB, dir string, pairs pairsConfig) {
 }
 
 // configure changes the configuration of a dev directory.
-func configure(t *testing.T, dir string, change func(*config)) {
+func configure(t testing.TB, dir string, change func(*config)) {
 	t.Helper()
 	path := filepath.Join(dir, devConfigFile)
 	cfg, err := loadConfig(path)
