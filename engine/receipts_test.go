@@ -420,6 +420,25 @@ func TestReceiptsOfADatabaseWriter(t *testing.T) {
 	_, err := h.verifyLog(t)
 	require.NoError(t, err)
 
+	// An entry whose place was taken from it gets another one, and the log says so
+	// by name.
+	t.Run("placed again", func(t *testing.T) {
+		h := newHouse(t)
+		one, _ := h.enabledKey(t)
+		two, _ := h.enabledKey(t)
+		for _, keyID := range []string{one, two} {
+			require.NoError(t, h.DeleteKeyMaterial(t.Context(), keyID))
+		}
+		_, err := h.verifyLog(t)
+		require.NoError(t, err)
+		h.exec(t, "UPDATE receipt SET place = NULL WHERE key_id = ?", one) // its last one too
+		report, err := h.verifyLog(t)
+		require.ErrorIs(t, err, receipt.ErrRepeated)
+		require.ErrorIs(t, err, receipt.ErrMissing, "where it was before")
+		require.NotErrorIs(t, err, receipt.ErrChain, "what is not repeated is in order")
+		require.EqualValues(t, 6, report.Head.Size)
+	})
+
 	// The row of before, put back whole, is in order by itself (S3). The log
 	// has a later entry, and tells: the next import does not follow it.
 	before := h.rows(t, "cmk")

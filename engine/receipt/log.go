@@ -109,9 +109,9 @@ const maxProblems = 100
 
 // VerifyLog reads a log as LogWriter wrote it and checks all of it against the
 // pinned key: the signature of the head, that each entry is the one of its hash,
-// that the hashes make up the tree of the head, and that the entries of each key
-// follow each other. It keeps a hash of each entry in memory, and one for each
-// key.
+// that the hashes make up the tree of the head, that no entry is there twice, and
+// that the entries of each key follow each other. It keeps the hash of each entry
+// and its place in memory, and one for each key.
 //
 // The report is there whenever the head could be read; the error joins its
 // problems, so that errors.Is tells of which kinds they are.
@@ -139,7 +139,7 @@ func VerifyLog(r io.Reader, pinned *PublicKey, checks LogChecks) (LogReport, err
 	if err != nil {
 		return LogReport{}, err
 	}
-	v := &logVerifier{report: LogReport{Head: head}, keys: map[string]lastEntry{}, roots: map[int64]Hash{head.Size: {}}}
+	v := &logVerifier{report: LogReport{Head: head}, keys: map[string]lastEntry{}, places: map[Hash]int64{}, roots: map[int64]Hash{head.Size: {}}}
 	for _, old := range checks.Since {
 		v.roots[old.Size] = Hash{}
 	}
@@ -173,8 +173,9 @@ func readLine(in *bufio.Reader) ([]byte, error) {
 
 type logVerifier struct {
 	report  LogReport
-	hashes  []Hash // of the entries from 0 on, without a gap
-	broken  bool   // hashes are missing
+	hashes  []Hash         // of the entries from 0 on, without a gap
+	places  map[Hash]int64 // of every entry, its first
+	broken  bool           // hashes are missing
 	tree    frontier
 	roots   map[int64]Hash       // of the sizes that are asked for
 	keys    map[string]lastEntry // by KeyId
@@ -265,7 +266,15 @@ func (v *logVerifier) entry(line lineJSON) {
 			v.roots[v.tree.size] = v.tree.root()
 		}
 	}
-	if line.Entry == nil {
+	first, repeated := v.places[line.Hash]
+	if !repeated {
+		v.places[line.Hash] = line.Index
+	}
+	switch {
+	case repeated && line.Index < v.report.Head.Size:
+		v.problem(line.Index, "%w: it is entry %d already, whose place someone has taken from it in the database", ErrRepeated, first)
+		return
+	case line.Entry == nil:
 		v.problem(line.Index, "%w: the log has its hash only", ErrMissing)
 		return
 	}

@@ -56,6 +56,9 @@ var (
 	ErrRoot = errors.New("receipt: the hashes do not add up to the signed head")
 	// ErrChain: an entry does not follow the one before of the same key.
 	ErrChain = errors.New("receipt: entries of a key do not follow each other")
+	// ErrRepeated: an entry has two places in a log. No server gives it a second
+	// one unless someone has taken the first from it in the database.
+	ErrRepeated = errors.New("receipt: the entry stands in the log twice")
 	// ErrRolledBack: the log is shorter than it was.
 	ErrRolledBack = errors.New("receipt: the log was put back to an older state")
 	// ErrForked: the log no longer has what it had.

@@ -312,7 +312,7 @@ func TestReceiptAltered(t *testing.T) {
 
 var kinds = []error{
 	receipt.ErrSyntax, receipt.ErrKey, receipt.ErrSignature, receipt.ErrOtherLog, receipt.ErrAltered, receipt.ErrMissing,
-	receipt.ErrProof, receipt.ErrRoot, receipt.ErrChain, receipt.ErrRolledBack, receipt.ErrForked, receipt.ErrNoConsistency,
+	receipt.ErrProof, receipt.ErrRepeated, receipt.ErrRoot, receipt.ErrChain, receipt.ErrRolledBack, receipt.ErrForked, receipt.ErrNoConsistency,
 }
 
 // What stands in a file twice, of which a person reads the first and a decoder
