@@ -53,18 +53,26 @@ func mappingsOf(t testing.TB, pid int) (all []mapping) {
 	return all
 }
 
-// ofC reports whether a mapping is one of C, judged by those with a name: the
-// libraries and their heap and stack.
-func ofC(m *mapping, all []mapping, exe string) bool {
-	for _, named := range all {
-		if named.path == "" || named.path == exe {
-			continue
-		}
-		if m.start < named.end+farOff && named.start < m.end+farOff {
-			return true
+// ofC tells which mappings are those of C: the ones with a name, the libraries
+// with their heap and stack, and whatever is not far off from one of C.
+func ofC(all []mapping, exe string) map[int]bool {
+	c := map[int]bool{}
+	for grown := true; grown; {
+		grown = false
+		for i, m := range all {
+			if c[i] || m.path == exe {
+				continue
+			}
+			near := m.path != ""
+			for j := range c {
+				near = near || m.start < all[j].end+farOff && all[j].start < m.end+farOff
+			}
+			if near {
+				c[i], grown = true, true
+			}
 		}
 	}
-	return false
+	return c
 }
 
 // memoryOf stops a process, which a child of this one must be, and reads what
@@ -79,6 +87,7 @@ func memoryOf(t testing.TB, pid int) (m memory) {
 	require.NoError(t, err, "reading the memory of a child needs the rights of a debugger")
 	defer func() { require.NoError(t, mem.Close()) }()
 	all := mappingsOf(t, pid)
+	c := ofC(all, exe)
 	for i := range all {
 		this := &all[i]
 		if !strings.HasPrefix(this.mode, "rw") {
@@ -87,7 +96,7 @@ func memoryOf(t testing.TB, pid int) (m memory) {
 		s := segment{fmt.Sprintf("%x-%x %s", this.start, this.end, this.path), read(mem, this.start, this.end)}
 		// The variables without a value of the program follow those with one.
 		variables := this.path == exe || i > 0 && all[i-1].path == exe && this.path == ""
-		if variables || !ofC(this, all, exe) {
+		if variables || !c[i] {
 			m.golang = append(m.golang, s)
 		} else {
 			m.c = append(m.c, s)

@@ -144,9 +144,11 @@ func (w *wiretap) read(t testing.TB, file string) []byte {
 
 // start starts the server. Its garbage collector is off, so that nothing that
 // Go ever had in memory is overwritten by anything but the server's own wiping.
+// Its scheduler sends no signals: where one interrupts a software token at work,
+// the kernel saves the registers, with what is in them, on a stack of Go.
 func (w *wiretap) start(t testing.TB) {
 	t.Helper()
-	w.server = startTapped(t, w.config, "GOGC=off")
+	w.server = startTapped(t, w.config, "GOGC=off", "GODEBUG=asyncpreemptoff=1")
 }
 
 // end ends the server by a signal and keeps what was seen of it.
