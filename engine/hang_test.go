@@ -60,6 +60,7 @@ func soon(t *testing.T) context.Context {
 // What the engine does of its own accord says once that it waits for a token
 // that does not answer, gives that up, and goes on by other sessions.
 func TestBackgroundOutlivesCallsThatHang(t *testing.T) {
+	softhsm.Once(t)
 	for name, c := range map[string]struct {
 		call, work string
 		start      func(h *house)
@@ -115,6 +116,7 @@ func TestBackgroundOutlivesCallsThatHang(t *testing.T) {
 // Close waits for calls that do not return no longer than it says, however
 // many keys they use.
 func TestCloseOutlivesCallsThatHang(t *testing.T) {
+	softhsm.Once(t)
 	const keys = 5
 	token, tap := hangable(t, 2*keys)
 	h := newHouse(t, withToken(token), withPairs(2*keys), with(func(c *engine.Config) {

@@ -158,6 +158,7 @@ func (r *ruin) material(t *testing.T) int {
 // took effect: what was answered is durable, a CMK is whole, to do it again
 // does it, and nothing is left in the token.
 func TestEveryCallOfTheEngineFails(t *testing.T) {
+	softhsm.Once(t)
 	r := newRuin(t)
 	ctx := t.Context()
 	slow := os.Getenv("KEYFERRY_SLOW") != ""
@@ -290,6 +291,7 @@ func (r *ruin) noOrphans(t *testing.T) {
 
 // The same of the pairs themselves: making them, destroying them, and starting.
 func TestEveryCallOfPairsFails(t *testing.T) {
+	softhsm.Once(t)
 	r := newRuin(t)
 	ctx := t.Context()
 	one := newCustomer(t, r.house)

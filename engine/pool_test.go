@@ -279,6 +279,7 @@ func TestAlgorithmSwitchedOff(t *testing.T) {
 // Pairs that go missing from the token while the engine runs cost the customer
 // a new set of parameters, not an error that he cannot understand.
 func TestPairsGoMissing(t *testing.T) {
+	softhsm.Once(t)
 	h := newHouse(t)
 	keyID := h.newKey(t, engine.AliyunAES256)
 	params := h.parameters(t, keyID)

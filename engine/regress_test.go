@@ -12,6 +12,7 @@ import (
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 	"github.com/keyferry/keyferry/hsm/hsmtest"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // A use that waited past the expiry answers nothing, whatever it decrypted.
@@ -91,6 +92,7 @@ func TestHealthAsksTheDatabase(t *testing.T) {
 // Rows of pairs carry no MAC. Whoever makes them last for ever keeps no pair
 // alive: the token's own label says how old it is.
 func TestPairsDoNotOutliveTheirAge(t *testing.T) {
+	softhsm.Once(t)
 	h := newHouse(t)
 	h.parameters(t, h.newKey(t, engine.AliyunAES256))
 	h.waitForPairs(t, 1)
@@ -108,6 +110,7 @@ func TestPairsDoNotOutliveTheirAge(t *testing.T) {
 // A pair that cannot be destroyed saves no other from it, and no engine from
 // starting.
 func TestPairThatCannotBeDestroyed(t *testing.T) {
+	softhsm.Once(t)
 	h := newHouse(t, withPairs(3))
 	keyID := h.newKey(t, engine.AliyunAES256)
 	for range 3 {

@@ -3,6 +3,7 @@ package engine_test
 import (
 	"context"
 	"fmt"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -339,6 +340,9 @@ func TestResidentDeath(t *testing.T) {
 	for _, what := range []string{"import", "refused import", "re-import", "delete"} {
 		for n := range 3 {
 			for _, tookEffect := range []bool{false, true} {
+				if tookEffect != (n%2 == 0) && os.Getenv("KEYFERRY_SLOW") == "" {
+					continue // each is a new process, as far as the token goes: half of them by default
+				}
 				t.Run(fmt.Sprintf("%s/%d/%t", what, n, tookEffect), func(t *testing.T) {
 					keyID, material := h.newKey(t, engine.AliyunAES256), randomBytes(32)
 					if what != "import" {

@@ -83,6 +83,7 @@ func TestTokenComesBack(t *testing.T) {
 
 // While the token is away, callers wait as long as they said, and no longer.
 func TestTokenStaysAway(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1, func(c *hsm.Config) { c.Patience = 50 * time.Millisecond })
 	p, slot := b.raw(t)
 	tap := hsmtest.On(t, b.soft.Module)
@@ -107,6 +108,7 @@ func TestTokenStaysAway(t *testing.T) {
 
 // A refused PIN is tried once: three tries lock most tokens.
 func TestPINIsTriedOnce(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1)
 	p, slot := b.raw(t)
 	tap := hsmtest.On(t, b.soft.Module)
@@ -148,6 +150,7 @@ func TestPINIsTriedOnce(t *testing.T) {
 }
 
 func TestPINIsWiped(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1)
 	require.NoError(t, b.token.Close())
 	var given []byte
@@ -286,6 +289,7 @@ func TestFaultsLeaveNothingBehind(t *testing.T) {
 // The faults are reported, not real: SoftHSM2 crashes when the sessions of
 // running calls are closed.
 func TestManyCallersWhileSessionsDie(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1)
 	ctx := context.Background()
 	req := b.request(b.wrap(t, random(32)))

@@ -44,6 +44,7 @@ func soon(t *testing.T) context.Context {
 // A call that the token does not answer keeps its session, and its caller no
 // longer than that said.
 func TestCallThatHangs(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1, func(c *hsm.Config) { c.Sessions = 2 })
 	ctx := context.Background()
 	material := b.imported(t, random(32)).Material
@@ -103,6 +104,7 @@ func TestCallThatHangs(t *testing.T) {
 // A lost token is opened beside calls that do not return, and closed beside
 // them too.
 func TestTokenComesBackBesideAHangingCall(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1, func(c *hsm.Config) { c.Patience = 200 * time.Millisecond })
 	ctx := context.Background()
 	key := b.opened(t, random(32))
@@ -136,6 +138,7 @@ func TestTokenComesBackBesideAHangingCall(t *testing.T) {
 // Open, too, comes back when its caller said, and is undone when the token
 // answers at last.
 func TestOpenHangs(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1)
 	require.NoError(t, b.token.Close())
 	tap := hsmtest.On(t, b.soft.Module)
@@ -155,6 +158,7 @@ func TestOpenHangs(t *testing.T) {
 // A key whose use hangs is not destroyed beneath it, and keeps no session busy
 // that does not hang.
 func TestKeyIsClosedWhileItsUseHangs(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1, func(c *hsm.Config) { c.Sessions = 2 })
 	key := b.opened(t, random(32))
 	tap := hsmtest.On(t, b.soft.Module)
@@ -237,6 +241,7 @@ func TestCallersAreServedInOrder(t *testing.T) {
 // What is done once, with no deadline, comes back when it is interrupted, and
 // in the way of nobody.
 func TestCeremonyIsInterrupted(t *testing.T) {
+	softhsm.Once(t)
 	soft := softhsm.New(t)
 	tap := hsmtest.On(t, soft.Module)
 	interrupted := func(call string, work func(ctx context.Context) error) {

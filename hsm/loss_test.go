@@ -51,6 +51,7 @@ func TestNothingIsFoundWithoutALogin(t *testing.T) {
 // A token of the right serial whose keys are others is not used. That is no
 // answer about a record or a pair, for which callers take an ErrUntrusted.
 func TestTokenComesBackWithOtherKeys(t *testing.T) {
+	softhsm.Once(t)
 	soft := softhsm.New(t)
 	blank, theirs := filepath.Join(t.TempDir(), "blank"), filepath.Join(t.TempDir(), "theirs")
 	require.NoError(t, os.CopyFS(blank, os.DirFS(soft.Files)))
@@ -132,6 +133,7 @@ func TestAnotherTokenInItsPlace(t *testing.T) {
 // going away answers so. The second in a row is one, and so is the first where
 // the token has counted it.
 func TestLoginRefusedWithoutAReason(t *testing.T) {
+	softhsm.Once(t)
 	for name, c := range map[string]struct {
 		fault  hsmtest.Fault
 		wrong  bool
@@ -175,6 +177,7 @@ func TestLoginRefusedWithoutAReason(t *testing.T) {
 
 // A token that dies again and again is given longer and longer pauses.
 func TestFlappingTokenIsNotHurried(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1)
 	p, slot := b.raw(t)
 	start := time.Now()

@@ -137,6 +137,7 @@ func (m *matrix) try(t *testing.T, op operation) {
 // effect: the operation succeeds or is unavailable, and the token holds the
 // same objects and sessions as before.
 func TestEveryCallOfEveryOperationFails(t *testing.T) {
+	softhsm.Once(t)
 	slow := os.Getenv("KEYFERRY_SLOW") != ""
 	few := returnCodes[:3]
 	m := newMatrix(t, func(c *hsm.Config) { c.Sessions = 3 })
@@ -279,6 +280,7 @@ func TestEveryCallOfEveryOperationFails(t *testing.T) {
 // Whichever call of Open fails, it leaves no session and no object, and the
 // next one succeeds.
 func TestEveryCallOfOpenFails(t *testing.T) {
+	softhsm.Once(t)
 	m := newMatrix(t)
 	require.NoError(t, m.token.Close())
 	step := 12

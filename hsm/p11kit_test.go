@@ -70,6 +70,7 @@ func (r *remote) kill() {
 // A token whose process is killed under load comes back by itself, with one
 // login each time, and nobody gets a wrong answer meanwhile.
 func TestTokenIsKilledUnderLoad(t *testing.T) {
+	softhsm.Once(t)
 	soft := softhsm.New(t, softhsm.WithKeys())
 	ctx := context.Background()
 	direct := open(t, soft.Config())

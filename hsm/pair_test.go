@@ -3,6 +3,7 @@ package hsm_test
 import (
 	"bytes"
 	"context"
+	"crypto/rsa"
 	"crypto/sha256"
 	"testing"
 	"time"
@@ -127,58 +128,69 @@ func TestPairIsGuarded(t *testing.T) {
 
 // A thief with the PIN puts a pair of his own in the place of ours.
 func TestSubstitutedPairIsRefused(t *testing.T) {
+	ctx := context.Background()
+	b := newBench(t, hsm.OAEPSHA1)
 	yes, no := true, false
-	for name, c := range map[string]struct {
+	cases := []struct {
+		name                                      string
 		decrypt, copyable, sensitive, extractable bool
 		mechanisms                                []uint
 	}{
-		"decrypts":                           {yes, no, yes, no, nil},
-		"can be twin":                        {no, yes, yes, no, nil},
-		"readable":                           {no, no, no, no, nil},
-		"extractable":                        {no, no, yes, yes, nil},
-		"no unwrap template, else like ours": {no, no, yes, no, []uint{pkcs11.CKM_RSA_PKCS_OAEP}},
-	} {
-		t.Run(name, func(t *testing.T) {
-			b := newBench(t, hsm.OAEPSHA1)
-			p, s := user(t, b.soft)
-			ours := find(t, p, s, pkcs11.NewAttribute(pkcs11.CKA_ID, b.pair.ID[:]))[0]
-			label, err := p.GetAttributeValue(s, ours, []*pkcs11.Attribute{pkcs11.NewAttribute(pkcs11.CKA_LABEL, nil)})
-			require.NoError(t, err)
-			at := pkcs11.NewAttribute
-			private := []*pkcs11.Attribute{
-				at(pkcs11.CKA_TOKEN, true), at(pkcs11.CKA_PRIVATE, true), at(pkcs11.CKA_ID, b.pair.ID[:]), at(pkcs11.CKA_LABEL, label[0].Value),
-				at(pkcs11.CKA_SENSITIVE, c.sensitive), at(pkcs11.CKA_EXTRACTABLE, c.extractable), at(pkcs11.CKA_DECRYPT, c.decrypt),
-				at(pkcs11.CKA_SIGN, false), at(pkcs11.CKA_SIGN_RECOVER, false), at(pkcs11.CKA_DERIVE, false), at(pkcs11.CKA_UNWRAP, true),
-			}
-			if c.mechanisms != nil {
-				private = append(private, at(pkcs11.CKA_ALLOWED_MECHANISMS, []byte{9, 0, 0, 0, 0, 0, 0, 0}))
-			}
-			private = append(private, at(pkcs11.CKA_COPYABLE, c.copyable), at(pkcs11.CKA_MODIFIABLE, false))
-			_, _, err = p.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, nil)},
-				[]*pkcs11.Attribute{at(pkcs11.CKA_MODULUS_BITS, 2048), at(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1})}, private)
-			require.NoError(t, err)
+		{"decrypts", yes, no, yes, no, nil},
+		{"can be twin", no, yes, yes, no, nil},
+		{"readable", no, no, no, no, nil},
+		{"extractable", no, no, yes, yes, nil},
+		{"no unwrap template, else like ours", no, no, yes, no, []uint{pkcs11.CKM_RSA_PKCS_OAEP}},
+	}
+	pairs, keys := make([]hsm.PairInfo, len(cases)), make([]*rsa.PublicKey, len(cases))
+	for i := range cases {
+		pairs[i], keys[i] = newPair(t, b.token, hsm.OAEPSHA1)
+	}
+	p, s := user(t, b.soft)
+	at := pkcs11.NewAttribute
+	for i, c := range cases {
+		ours := find(t, p, s, at(pkcs11.CKA_ID, pairs[i].ID[:]))[0]
+		label, err := p.GetAttributeValue(s, ours, []*pkcs11.Attribute{at(pkcs11.CKA_LABEL, nil)})
+		require.NoError(t, err)
+		private := []*pkcs11.Attribute{
+			at(pkcs11.CKA_TOKEN, true), at(pkcs11.CKA_PRIVATE, true), at(pkcs11.CKA_ID, pairs[i].ID[:]), at(pkcs11.CKA_LABEL, label[0].Value),
+			at(pkcs11.CKA_SENSITIVE, c.sensitive), at(pkcs11.CKA_EXTRACTABLE, c.extractable), at(pkcs11.CKA_DECRYPT, c.decrypt),
+			at(pkcs11.CKA_SIGN, false), at(pkcs11.CKA_SIGN_RECOVER, false), at(pkcs11.CKA_DERIVE, false), at(pkcs11.CKA_UNWRAP, true),
+		}
+		if c.mechanisms != nil {
+			private = append(private, at(pkcs11.CKA_ALLOWED_MECHANISMS, []byte{9, 0, 0, 0, 0, 0, 0, 0}))
+		}
+		private = append(private, at(pkcs11.CKA_COPYABLE, c.copyable), at(pkcs11.CKA_MODIFIABLE, false))
+		_, _, err = p.GenerateKeyPair(s, []*pkcs11.Mechanism{pkcs11.NewMechanism(pkcs11.CKM_RSA_PKCS_KEY_PAIR_GEN, nil)},
+			[]*pkcs11.Attribute{at(pkcs11.CKA_MODULUS_BITS, 2048), at(pkcs11.CKA_PUBLIC_EXPONENT, []byte{1, 0, 1})}, private)
+		require.NoError(t, err, c.name)
+	}
 
-			// Beside ours it is passed over, instead of ours refused.
-			require.NoError(t, b.token.Close())
-			token := open(t, b.soft.Config())
-			info, err := token.Pair(context.Background(), b.pair.ID)
-			require.NoError(t, err)
-			require.Equal(t, b.pair, info)
-			require.NoError(t, token.Close())
+	// Beside ours they are passed over, instead of ours refused.
+	require.NoError(t, b.token.Close())
+	token := open(t, b.soft.Config())
+	for i, c := range cases {
+		info, err := token.Pair(ctx, pairs[i].ID)
+		require.NoError(t, err, c.name)
+		require.Equal(t, pairs[i], info, c.name)
+	}
+	require.NoError(t, token.Close())
 
-			p, s = user(t, b.soft)
-			for _, o := range find(t, p, s, pkcs11.NewAttribute(pkcs11.CKA_ID, b.pair.ID[:])) {
-				n, err := p.GetAttributeValue(s, o, []*pkcs11.Attribute{at(pkcs11.CKA_MODULUS, nil)})
-				require.NoError(t, err)
-				if bytes.Equal(n[0].Value, b.pub.N.Bytes()) {
-					require.NoError(t, p.DestroyObject(s, o))
-				}
+	p, s = user(t, b.soft)
+	for i := range cases {
+		for _, o := range find(t, p, s, at(pkcs11.CKA_ID, pairs[i].ID[:])) {
+			n, err := p.GetAttributeValue(s, o, []*pkcs11.Attribute{at(pkcs11.CKA_MODULUS, nil)})
+			require.NoError(t, err)
+			if bytes.Equal(n[0].Value, keys[i].N.Bytes()) {
+				require.NoError(t, p.DestroyObject(s, o))
 			}
-			require.NoError(t, p.Logout(s))
-			token = open(t, b.soft.Config())
-			_, err = token.Pair(context.Background(), b.pair.ID)
-			require.ErrorIs(t, err, hsm.ErrUntrusted)
-		})
+		}
+	}
+	require.NoError(t, p.Logout(s))
+	token = open(t, b.soft.Config())
+	for i, c := range cases {
+		_, err := token.Pair(ctx, pairs[i].ID)
+		require.ErrorIs(t, err, hsm.ErrUntrusted, c.name)
 	}
 }
 

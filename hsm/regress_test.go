@@ -10,6 +10,7 @@ import (
 
 	"github.com/keyferry/keyferry/hsm"
 	"github.com/keyferry/keyferry/hsm/hsmtest"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // plant makes a private key object with a pair's identifier that cannot be
@@ -67,6 +68,7 @@ func TestPlantedObjectsDoNotSaveAPair(t *testing.T) {
 // A generation that took effect and was reported as failed leaves a pair of
 // another identifier than the next attempt's.
 func TestGenerationThatTookEffect(t *testing.T) {
+	softhsm.Once(t)
 	ctx := context.Background()
 	b := newBench(t, hsm.OAEPSHA1)
 	tap := hsmtest.On(t, b.soft.Module)
@@ -84,6 +86,7 @@ func TestGenerationThatTookEffect(t *testing.T) {
 
 // An unwrap that took effect and was reported as failed leaves no material.
 func TestUnwrapThatTookEffect(t *testing.T) {
+	softhsm.Once(t)
 	b := newBench(t, hsm.OAEPSHA1, func(c *hsm.Config) { c.Sessions = 2 })
 	req := b.request(b.wrap(t, random(32)))
 	tap := hsmtest.On(t, b.soft.Module)

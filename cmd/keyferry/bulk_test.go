@@ -22,6 +22,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/keyferry/keyferry/engine/byok"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // slow reports whether tests may take long.
@@ -220,6 +221,7 @@ func (f *fleet) check(t *testing.T) {
 // materials (thousands where time allows) are imported. In the end each is in a
 // key, and none was imported and no key made twice.
 func TestManifestSurvivesKills(t *testing.T) {
+	softhsm.Once(t)
 	n := 300
 	if slow() {
 		n = 5000

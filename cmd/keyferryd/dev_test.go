@@ -13,10 +13,12 @@ import (
 
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/hsm"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // The contract of "dev", which scripts of users rely on.
 func TestDevContract(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	dir := filepath.Join(t.TempDir(), "not", "there", "yet")
 	s := startDevServer(t, dir, "--listen", "127.0.0.1:0")

@@ -152,6 +152,7 @@ func TestDoctor(t *testing.T) {
 // TestServeOnNSS has keyferryd work on a token that keeps few of the rules:
 // not before the operator has accepted each of them by its name.
 func TestServeOnNSS(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	modules, err := filepath.Glob("/usr/lib/*-linux-gnu*/libsoftokn3.so")
 	require.NoError(t, err)

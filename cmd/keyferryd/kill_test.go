@@ -26,6 +26,7 @@ import (
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/engine/receipt"
 	"github.com/keyferry/keyferry/hsm"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // ledger is what one customer was told: every entry of it must hold after the
@@ -136,6 +137,7 @@ func (c *customer) receiptExpiries(t *testing.T) (expiries []int64) {
 // Twenty times the server is killed while customers import and encrypt, each
 // time after another number of answers. What was answered is there afterwards.
 func TestKillsDuringImports(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	dir := t.TempDir()
 	require.NoError(t, startDevServer(t, dir).stop())
@@ -364,6 +366,7 @@ func configure(t testing.TB, dir string, change func(*config)) {
 // The first set-up is killed as soon as a file of it appears; the next start
 // finishes it.
 func TestKillsDuringFirstSetUp(t *testing.T) {
+	softhsm.Once(t)
 	for _, file := range []string{
 		devUnfinished, devSecret, "tokens/*", "tokens/*/token.object", "tokens/*/*-*.object", devConfigFile, devDatabase, devCredentials,
 	} {

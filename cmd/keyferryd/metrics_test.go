@@ -16,6 +16,7 @@ import (
 
 	"github.com/keyferry/keyferry/engine/acs"
 	"github.com/keyferry/keyferry/engine/byok"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // tappedServer is a keyferryd all of whose output is kept, and can be read
@@ -115,6 +116,7 @@ func value(t testing.TB, text, name string) float64 {
 // What a server does can be counted, on a port of its own, and what is counted
 // names nobody.
 func TestMetrics(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	s := newSite(t, metricsOn+"wrapping_pairs: {ready: 1, outstanding: 1}\n")
 	s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))

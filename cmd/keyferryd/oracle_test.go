@@ -238,6 +238,7 @@ func (c *customer) expecting(t testing.TB, blob []byte) map[string]string {
 // A probe of Bleichenbacher's or Manger's gets the same bytes as every other:
 // line, headers and body.
 func TestNoOracle(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	onEveryModule(t, func(t *testing.T, s *server) {
 		for _, keySpec := range []string{byok.AES256, byok.SM4} {
@@ -286,6 +287,7 @@ func newCustomerOf(t testing.TB, c *client, keySpec string) *customer {
 // import token it stays so after the server was killed, and its owner goes on
 // with a new one.
 func TestFailureBudgetEndsTheAttack(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	const budget, asked = 100, 130
 	dir := t.TempDir()

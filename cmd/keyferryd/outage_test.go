@@ -70,6 +70,7 @@ func (w *ward) client() *client {
 // While every session of the token is busy a caller gets an answer at the
 // deadline, and it says to come back.
 func TestFullSessionPool(t *testing.T) {
+	softhsm.Once(t)
 	const deadline = 300 * time.Millisecond
 	w := newWard(t, deadline, func(c *config) { c.Token.Sessions = 2 })
 	c := newCustomer(t, w.client())
@@ -110,6 +111,7 @@ func TestFullSessionPool(t *testing.T) {
 // A token that came back and refused the PIN is not tried again, and whoever
 // asks for the server's health reads that a person must act.
 func TestHealthOfARefusedPIN(t *testing.T) {
+	softhsm.Once(t)
 	const deviceRemoved = 0x32
 	w := newWard(t, time.Second, func(c *config) { c.Metrics.Listen = "127.0.0.1:0" })
 	status, body := get(t, w.url+healthPath)

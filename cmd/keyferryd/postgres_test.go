@@ -13,6 +13,7 @@ import (
 
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/engine/store/postgres/pgtest"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // sharedPostgres is a PostgreSQL server for all tests that do not kill it.
@@ -51,6 +52,7 @@ func (s *site) onPostgres(t testing.TB) *site {
 
 // The first day on a PostgreSQL: each step says which is the next one.
 func TestMigrateAndServe(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	s := newSite(t, "").onPostgres(t)
 	require.Contains(t, s.init(t, "--init-token", "--so-pin-file", s.file("so-pin")), `with "keyferryd migrate"`)
@@ -95,6 +97,7 @@ func TestMigrateSQLite(t *testing.T) {
 
 // Every client goes through the whole life of a key, on PostgreSQL.
 func TestLifeOnPostgres(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	s := newSite(t, "").onPostgres(t)
 	s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))
@@ -138,6 +141,7 @@ func TestStoreConfig(t *testing.T) {
 // Two servers on one database and one token: what one of them stops, both
 // stop, and when one is killed the other goes on with everything.
 func TestTwoServers(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	s := newSite(t, "").onPostgres(t)
 	s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))

@@ -183,6 +183,7 @@ func withoutPins(t *testing.T, text string) string {
 
 // What is wrong with a token is said in one line, with what to do.
 func TestServeRefusesTheWrongToken(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	s := newSite(t, "")
 	s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))
@@ -248,6 +249,7 @@ func TestInitRefuses(t *testing.T) {
 }
 
 func TestServeTLS(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	s := newSite(t, "tls:\n  cert_file: cert.pem\n  key_file: key.pem\n")
 	cert := s.certificate(t)

@@ -26,6 +26,7 @@ import (
 	"github.com/keyferry/keyferry/engine/acs"
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/engine/kmsapi"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // customer is a key on a server, and what its owner has in hand.
@@ -187,6 +188,7 @@ func TestExpectations(t *testing.T) {
 // A recorded import must not bring back material that was deleted since, not
 // even after the server was killed or stopped.
 func TestReplayIsRefusedAcrossRestarts(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	dir := t.TempDir()
 	s := startDevServer(t, dir)

@@ -417,6 +417,7 @@ func (w *wiretap) helps(t *testing.T) {
 // The spy writes down the PINs that it is given. They are taken out of its
 // trace where C_Login, C_InitToken and C_InitPIN are called, and nowhere else.
 func TestWiretap(t *testing.T) {
+	softhsm.Once(t)
 	t.Parallel()
 	modules, err := softhsm.Modules()
 	require.NoError(t, err)
