@@ -8,6 +8,7 @@ import (
 	"math"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/keyferry/keyferry/hsm"
 )
@@ -36,8 +37,16 @@ type openKey struct {
 type openMaterial interface {
 	Encrypt(ctx context.Context, dst, plaintext, aad []byte) ([]byte, error)
 	Decrypt(ctx context.Context, dst, ciphertext, aad []byte) ([]byte, error)
-	Close() error
+	CloseWithin(d time.Duration) error
 }
+
+// How long those wait for a key to be closed in the token who want it closed: who
+// changed its CMK, and who only wants the room. What takes longer, because a use
+// hangs, goes on without them. In any case no use begins any more.
+const (
+	changeWait = time.Second
+	roomWait   = 100 * time.Millisecond
+)
 
 // cache keeps at most size open keys, those used last. It holds no lock while
 // it waits for the store or the token, and a hit asks neither.
@@ -48,7 +57,7 @@ type openMaterial interface {
 type cache struct {
 	size    int
 	load    func(ctx context.Context, id keyRef) (*openKey, error)
-	discard func(*openKey)
+	discard func(k *openKey, wait time.Duration)
 	used    func(cached bool)
 
 	mu      sync.Mutex
@@ -65,7 +74,7 @@ type load struct {
 	stale bool  // of cache.mu: the key was dropped meanwhile
 }
 
-func newCache(size int, open func(context.Context, keyRef) (*openKey, error), discard func(*openKey), used func(cached bool)) *cache {
+func newCache(size int, open func(context.Context, keyRef) (*openKey, error), discard func(*openKey, time.Duration), used func(cached bool)) *cache {
 	return &cache{
 		size: size, load: open, discard: discard, used: used,
 		keys:    make(map[keyRef]*list.Element),
@@ -173,7 +182,7 @@ func (c *cache) fill(ctx context.Context, ref keyRef, l *load) (*openKey, error)
 	close(l.done)
 	c.mu.Unlock()
 	for _, k := range closing {
-		c.discard(k)
+		c.discard(k, roomWait)
 	}
 	return k, err
 }
@@ -219,13 +228,14 @@ func (c *cache) release(k *openKey) {
 	last := k.users == 0 && !k.cached
 	c.mu.Unlock()
 	if last {
-		c.discard(k)
+		c.discard(k, roomWait)
 	}
 }
 
-// drop closes what is open of a CMK that was changed. When it returns, uses
-// under way have ended, and whoever starts to use the CMK reads it anew.
-func (c *cache) drop(keyID, versionID string) {
+// drop closes what is open of a CMK that was changed. When it returns, whoever
+// starts to use the CMK reads it anew, and uses under way have ended, unless they
+// take longer than wait.
+func (c *cache) drop(keyID, versionID string, wait time.Duration) {
 	c.mu.Lock()
 	for _, ref := range refsOf(keyID, versionID) {
 		if l := c.loading[ref]; l != nil {
@@ -239,21 +249,21 @@ func (c *cache) drop(keyID, versionID string) {
 	}
 	c.mu.Unlock()
 	if k != nil {
-		c.dropOpen(k)
+		c.dropOpen(k, wait)
 	}
 }
 
 // dropOpen closes one open key, at once even if someone is about to use it.
-func (c *cache) dropOpen(k *openKey) {
+func (c *cache) dropOpen(k *openKey, wait time.Duration) {
 	c.mu.Lock()
 	unused := k.cached && c.takeOut(k)
 	c.mu.Unlock()
 	if unused {
-		c.discard(k)
+		c.discard(k, wait)
 		return
 	}
 	// Whoever uses it last closes it again, which says what went wrong here.
-	_ = k.key.Close()
+	_ = k.key.CloseWithin(wait)
 }
 
 // close closes every key and lets no new one in.
@@ -266,7 +276,10 @@ func (c *cache) close() {
 	}
 	c.mu.Unlock()
 	for _, k := range open {
-		c.dropOpen(k)
+		_ = k.key.CloseWithin(0) // of all at once
+	}
+	for _, k := range open {
+		c.dropOpen(k, closeTimeout)
 	}
 }
 
@@ -330,8 +343,8 @@ func (e *Engine) tryOpenRow(ctx context.Context, ref keyRef) (*openKey, error) {
 }
 
 // discardKey ends an open key that nobody uses any more.
-func (e *Engine) discardKey(k *openKey) {
-	if err := k.key.Close(); err != nil {
+func (e *Engine) discardKey(k *openKey, wait time.Duration) {
+	if err := k.key.CloseWithin(wait); err != nil && wait > 0 {
 		e.log.LogAttrs(context.Background(), slog.LevelWarn, "an open key could not be closed in the token",
 			slog.String("key_id", k.keyID), slog.Any("error", err))
 	}

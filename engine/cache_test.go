@@ -7,6 +7,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stretchr/testify/require"
 
@@ -25,8 +26,8 @@ type vault struct {
 
 func newVault(size int) *vault {
 	v := &vault{during: func(context.Context, keyRef) error { return nil }}
-	v.cache = newCache(size, v.open, func(k *openKey) {
-		_ = k.key.Close()
+	v.cache = newCache(size, v.open, func(k *openKey, wait time.Duration) {
+		_ = k.key.CloseWithin(wait)
 		v.discarded.Add(1)
 	}, func(bool) {})
 	return v
@@ -69,7 +70,7 @@ func (m *fakeMaterial) Decrypt(ctx context.Context, dst, _, _ []byte) ([]byte, e
 	return m.Encrypt(ctx, dst, nil, nil)
 }
 
-func (m *fakeMaterial) Close() error {
+func (m *fakeMaterial) CloseWithin(time.Duration) error {
 	m.closed.Store(true)
 	return nil
 }
@@ -203,7 +204,7 @@ func TestCacheWaiterGivesUp(t *testing.T) {
 func TestCacheDrop(t *testing.T) {
 	v := newVault(10)
 	k := v.mustGet(t, byKey("a"))
-	v.drop("key-a", "version-a")
+	v.drop("key-a", "version-a", 0)
 	require.True(t, isClosed(k), "at once, though it is lent")
 	require.Zero(t, v.discarded.Load())
 	fresh := v.mustGet(t, byVersion("a"))
@@ -212,9 +213,9 @@ func TestCacheDrop(t *testing.T) {
 	require.EqualValues(t, 1, v.discarded.Load())
 	require.Same(t, fresh, v.mustGet(t, byKey("a")), "the fresh one stays")
 
-	v.dropOpen(k) // by someone who has not noticed
+	v.dropOpen(k, 0) // by someone who has not noticed
 	require.Same(t, fresh, v.mustGet(t, byKey("a")))
-	v.drop("key-b", "version-b")
+	v.drop("key-b", "version-b", 0)
 }
 
 // What was read before a change is not kept after it, under neither name, and
@@ -226,7 +227,7 @@ func TestCacheDropWhileOpening(t *testing.T) {
 			opens := 0
 			v.during = func(context.Context, keyRef) error {
 				if opens++; opens == 1 {
-					v.drop("key-a", "version-a")
+					v.drop("key-a", "version-a", 0)
 				}
 				return nil
 			}
@@ -282,7 +283,7 @@ func TestCacheUnderConcurrency(t *testing.T) {
 					ref = byVersion(name)
 				}
 				if g == 0 && i%5 == 0 {
-					v.drop("key-"+name, "version-"+name)
+					v.drop("key-"+name, "version-"+name, 0)
 				}
 				k, err := v.get(context.Background(), ref)
 				if err != nil || k.keyID != "key-"+name {

@@ -233,7 +233,7 @@ func (e *Engine) lend(ctx context.Context, ref keyRef, fn func(*openKey) error) 
 		err = hsm.ErrKeyLost // unless another node has imported it again, it is not opened any more
 	}
 	if errors.Is(err, hsm.ErrKeyLost) {
-		e.cache.dropOpen(k)
+		e.cache.dropOpen(k, roomWait)
 	}
 	return err
 }

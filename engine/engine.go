@@ -250,7 +250,8 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 	e.usage = newUsage(e.token, e.store, e.log, e.observer.Warned)
 	e.authority = newAuthority(e.token, orDefault(cfg.CacheSize, 10000))
 	e.cache = newCache(orDefault(cfg.CacheSize, 10000), e.openRow, e.discardKey, e.observer.Used)
-	e.store.Watch(e.cache.drop)
+	// One key whose use hangs must not hold up the news of others.
+	e.store.Watch(func(keyID, versionID string) { e.cache.drop(keyID, versionID, 0) })
 	e.pool = newPool(orDefault(cfg.PoolSize, 8), e.life.Done())
 	e.spawn(func() { e.generate(e.life) })
 	if !cfg.ManualSweep {

@@ -36,7 +36,7 @@ func (e *Engine) freshen(ctx context.Context, k *openKey) error {
 	row, err := e.readRow(ctx, keyRef{id: k.keyID})
 	switch {
 	case errors.Is(err, KeyNotFound), err == nil && row.Revision != k.revision:
-		e.cache.dropOpen(k)
+		e.cache.dropOpen(k, roomWait)
 		return hsm.ErrKeyLost
 	case err != nil:
 		return err

@@ -10,6 +10,7 @@ import (
 	"github.com/stretchr/testify/require"
 
 	"github.com/keyferry/keyferry/engine"
+	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
 	"github.com/keyferry/keyferry/hsm/hsmtest"
 	"github.com/keyferry/keyferry/softhsm"
@@ -151,4 +152,61 @@ func TestCloseOutlivesCallsThatHang(t *testing.T) {
 	require.GreaterOrEqual(t, row.Uses, uint64(2))
 	releaseUses()
 	releasePairs()
+}
+
+// watcher is a store that can tell of changes by others.
+type watcher struct {
+	store.Store
+	stale func(keyID, versionID string)
+}
+
+func (w *watcher) Watch(stale func(keyID, versionID string)) { w.stale = stale }
+
+// A key whose use hangs holds up nobody for long: not whoever changes its CMK,
+// not whoever needs its room in the cache, and not the news of other nodes.
+func TestKeyThatHangsHoldsUpNobody(t *testing.T) {
+	const long = 5 * time.Second
+	news := &watcher{}
+	token, tap := hangable(t, 8)
+	h := newHouse(t, withToken(token), with(func(c *engine.Config) { c.CacheSize = 2 }),
+		withStore(func(s store.Store) store.Store { news.Store = s; return news }))
+	customers := make([]*customer, 4)
+	for i := range customers {
+		customers[i] = newCustomer(t, h)
+	}
+	hangs := func(c *customer) (release func()) {
+		h.requireDecrypts(t, c.blob, "secret") // it is open
+		in, release := hang(tap, "C_EncryptInit", 1)
+		_, err := h.Encrypt(soon(t), c.keyID, []byte("x"), nil)
+		requireKind(t, engine.Unavailable, err)
+		<-in
+		return release
+	}
+	quickly := func(do func()) {
+		t.Helper()
+		start := time.Now()
+		do()
+		require.Less(t, time.Since(start), long)
+	}
+
+	defer hangs(customers[0])()
+	quickly(func() { require.NoError(t, h.DisableKey(t.Context(), customers[0].keyID)) })
+	_, err := h.Encrypt(t.Context(), customers[0].keyID, []byte("x"), nil)
+	requireKind(t, engine.KeyDisabled, err)
+
+	defer hangs(customers[1])()
+	quickly(func() {
+		for _, c := range customers[2:] {
+			h.requireDecrypts(t, c.blob, "secret")
+		}
+	})
+	require.Equal(t, 2, h.OpenKeys())
+
+	defer hangs(customers[2])()
+	row, err := h.store.Key(t.Context(), customers[2].keyID)
+	require.NoError(t, err)
+	start := time.Now()
+	news.stale(row.KeyID, row.KeyVersionID)
+	require.Less(t, time.Since(start), time.Second, "others are told at once")
+	h.requireDecrypts(t, customers[2].blob, "secret")
 }

@@ -245,7 +245,7 @@ func (e *Engine) commitUpdate(ctx context.Context, row store.Key, update store.U
 	update.Key, update.Holding = row, holdingOf(&row)
 	err := e.detach(ctx, func(ctx context.Context) error {
 		err := e.store.UpdateKey(ctx, update)
-		e.cache.drop(row.KeyID, row.KeyVersionID)
+		e.cache.drop(row.KeyID, row.KeyVersionID, changeWait)
 		return err
 	})
 	switch {

@@ -186,7 +186,7 @@ func (e *Engine) sweepKey(ctx context.Context, stored *store.Key, now time.Time)
 	}
 	err := e.detach(ctx, func(ctx context.Context) error {
 		err := e.store.DeleteKey(ctx, deletion)
-		e.cache.drop(stored.KeyID, stored.KeyVersionID)
+		e.cache.drop(stored.KeyID, stored.KeyVersionID, changeWait)
 		return err
 	})
 	if err != nil {

@@ -259,7 +259,11 @@ const closePatience = 10 * time.Second
 // resident material stays. It is idempotent. ErrUnavailable: the token does not
 // answer, and the object goes when it does, or does not destroy it, and the
 // object goes with its connection.
-func (k *Key) Close() error {
+func (k *Key) Close() error { return k.CloseWithin(closePatience) }
+
+// CloseWithin is Close by a caller who waits no longer than that, or not at all.
+// No use begins after it in any case; what is left it does later.
+func (k *Key) CloseWithin(d time.Duration) error {
 	k.mu.Lock()
 	if !k.closing {
 		k.closing = true
@@ -269,13 +273,13 @@ func (k *Key) Close() error {
 		go k.destroy()
 	}
 	k.mu.Unlock()
-	patience := time.NewTimer(closePatience)
+	patience := time.NewTimer(d)
 	defer patience.Stop()
 	select {
 	case <-k.closed:
 		return k.err
 	case <-patience.C:
-		return fmt.Errorf("%w: waited %v for a use of the key to end", ErrUnavailable, closePatience)
+		return fmt.Errorf("%w: waited %v for a use of the key to end", ErrUnavailable, d)
 	}
 }
 
