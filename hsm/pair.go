@@ -220,6 +220,12 @@ func rsaParams(alg Algorithm) p11.Params {
 //
 // Errors: ErrPairNotFound, ErrUntrusted, ErrUnavailable.
 func (t *Token) Pair(ctx context.Context, id PairID) (PairInfo, error) {
+	// One that is known needs no session, which all may be busy.
+	if c := t.conn.Load(); c != nil && !c.dead() {
+		if p, ok := c.pairs.Load(id); ok {
+			return p.(*pair).PairInfo, nil
+		}
+	}
 	var info PairInfo
 	err := t.do(ctx, "find a wrapping pair", func(c *connection, s *session) error {
 		p, err := c.pair(ctx, s.Session, id)

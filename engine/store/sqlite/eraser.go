@@ -1,7 +1,6 @@
 package sqlite
 
 import (
-	"database/sql/driver"
 	"time"
 )
 
@@ -54,11 +53,11 @@ func (e *eraser) again(w *writer) {
 // read that is under way prevents that, and is not waited for: the writes that
 // come next would have to wait as well.
 func (e *eraser) empty(w *writer) {
-	ignore := func([]driver.Value) {}
+	ignore := func(*cursor) {}
 	var blocked int64
 	_, err := w.conn.one(e.noWait, ignore)
 	if err == nil {
-		_, err = w.conn.one(e.truncate, func(row []driver.Value) { blocked = (&cursor{row}).integer() })
+		_, err = w.conn.one(e.truncate, func(row *cursor) { blocked = row.integer() })
 		_, _ = w.conn.one(e.wait, ignore) // fails only if nothing works
 	}
 	if err != nil || blocked != 0 {

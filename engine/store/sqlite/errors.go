@@ -17,7 +17,10 @@ var errClosed = fmt.Errorf("%w: the database is closed", store.ErrUnavailable)
 // resultCode is the extended result code of SQLite in err, or 0.
 // https://www.sqlite.org/rescode.html
 func resultCode(err error) int {
-	if e, ok := errors.AsType[*driver.Error](err); ok {
+	if f, ok := errors.AsType[*fault](err); ok {
+		return int(f.code)
+	}
+	if e, ok := errors.AsType[*driver.Error](err); ok { // while it is migrated
 		return e.Code()
 	}
 	return 0

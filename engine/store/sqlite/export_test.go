@@ -1,7 +1,6 @@
 package sqlite
 
 import (
-	"database/sql/driver"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -11,7 +10,7 @@ import (
 func (s *Store) Pragma(t *testing.T, name string) (value int64) {
 	t.Helper()
 	require.NoError(t, s.write(t.Context(), func(c *conn) error {
-		_, err := c.one(&query{`PRAGMA ` + name}, func(row []driver.Value) { value, _ = row[0].(int64) })
+		_, err := c.one(&query{`PRAGMA ` + name}, func(row *cursor) { value = row.integer() })
 		return err
 	}))
 	return value

@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"fmt"
 	"time"
 
@@ -61,9 +60,8 @@ func (s *Store) BindPair(ctx context.Context, req store.BindRequest) (store.Impo
 // bindPair checks everything before it writes, as write.do must.
 func bindPair(c *conn, req store.BindRequest) (token store.ImportToken, err error) {
 	var key, taken bool
-	_, err = c.one(bindCheckQuery, func(row []driver.Value) {
-		r := cursor{row}
-		key, taken = r.integer() == 1, r.integer() == 1
+	_, err = c.one(bindCheckQuery, func(row *cursor) {
+		key, taken = row.integer() == 1, row.integer() == 1
 	}, req.KeyID, req.TokenID[:])
 	switch {
 	case err != nil:
@@ -74,7 +72,7 @@ func bindPair(c *conn, req store.BindRequest) (token store.ImportToken, err erro
 		return token, fmt.Errorf("import token %x: %w", req.TokenID, store.ErrExists)
 	}
 
-	pair, err := choosePair(c, req)
+	pair, changed, err := choosePair(c, req)
 	if err != nil {
 		return token, err
 	}
@@ -85,22 +83,25 @@ func bindPair(c *conn, req store.BindRequest) (token store.ImportToken, err erro
 		IssuedAt:  whole(req.Now),
 		ExpiresAt: whole(req.ExpiresAt),
 	}
-	if _, err := c.exec(bindPairQuery, pair.ID[:], seconds(pair.BoundAt), seconds(pair.ExpiresAt)); err != nil {
-		return token, err
+	if changed {
+		if _, err := c.exec(bindPairQuery, pair.ID[:], seconds(pair.BoundAt), seconds(pair.ExpiresAt)); err != nil {
+			return token, err
+		}
 	}
 	_, err = c.exec(insertTokenQuery, token.ID[:], token.KeyID, pair.ID[:], seconds(token.IssuedAt), seconds(token.ExpiresAt))
 	return token, err
 }
 
-// choosePair returns the pair for a new token as it is to be stored.
-func choosePair(c *conn, req store.BindRequest) (pair store.Pair, err error) {
+// choosePair returns the pair for a new token as it is to be stored, and whether
+// that differs from how it is stored.
+func choosePair(c *conn, req store.BindRequest) (pair store.Pair, changed bool, err error) {
 	var bound int64
-	_, err = c.one(boundPairsQuery, func(row []driver.Value) { bound = (&cursor{row}).integer() },
+	_, err = c.one(boundPairsQuery, func(row *cursor) { bound = row.integer() },
 		req.Spec, req.Algorithm, req.Now.Unix(), int64(max(req.Bound, 0)))
 	if err != nil {
-		return pair, err
+		return pair, false, err
 	}
-	scan := func(row []driver.Value) { pair = (&cursor{row}).pair() }
+	scan := func(row *cursor) { pair = row.pair() }
 
 	if bound < int64(req.Bound) {
 		found, err := c.one(readyPairQuery, scan, req.Spec, req.Algorithm)
@@ -108,22 +109,22 @@ func choosePair(c *conn, req store.BindRequest) (pair store.Pair, err error) {
 			err = store.ErrNoPair
 		}
 		pair.BoundAt, pair.ExpiresAt = whole(req.Now), whole(req.ExpiresAt)
-		return pair, err
+		return pair, true, err
 	}
 
 	found := false
 	if !req.ShareSince.IsZero() {
 		if found, err = c.one(sharedPairQuery, scan, req.Spec, req.Algorithm, req.ShareSince.Unix(), req.Now.Unix()); err != nil {
-			return pair, err
+			return pair, false, err
 		}
 	}
 	if !found {
-		return pair, fmt.Errorf("%w: %w", store.ErrNoPair, store.ErrBound)
+		return pair, false, fmt.Errorf("%w: %w", store.ErrNoPair, store.ErrBound)
 	}
 	if at := whole(req.ExpiresAt); at.After(pair.ExpiresAt) {
-		pair.ExpiresAt = at
+		pair.ExpiresAt, changed = at, true
 	}
-	return pair, nil
+	return pair, changed, nil
 }
 
 // whole is t as it would be read back.
@@ -137,9 +138,8 @@ func whole(t time.Time) time.Time {
 // LoadImport implements store.Store.
 func (s *Store) LoadImport(ctx context.Context, keyID string, tokenID [16]byte) (key store.Key, token store.ImportToken, err error) {
 	err = s.read(ctx, func(c *conn) error {
-		found, err := c.one(loadImportQuery, func(row []driver.Value) {
-			r := cursor{row}
-			key, token = r.key(), r.token()
+		found, err := c.one(loadImportQuery, func(row *cursor) {
+			key, token = row.key(), row.token()
 		}, keyID, tokenID[:])
 		if err == nil && !found {
 			err = fmt.Errorf("key %q: %w", keyID, store.ErrNotFound)
@@ -166,7 +166,7 @@ func checkBudget(c *conn, b *store.Budget) error {
 func (s *Store) CountFailure(ctx context.Context, tokenID [16]byte) (int, error) {
 	var failures int64
 	err := s.write(ctx, func(c *conn) error {
-		found, err := c.one(countFailureQuery, func(row []driver.Value) { failures = (&cursor{row}).integer() }, tokenID[:])
+		found, err := c.one(countFailureQuery, func(row *cursor) { failures = row.integer() }, tokenID[:])
 		if err == nil && !found {
 			err = fmt.Errorf("import token %x: %w", tokenID, store.ErrNotFound)
 		}

@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"fmt"
 )
 
@@ -17,13 +16,13 @@ var (
 // silently, and everything here relies on it.
 func writeAheadInstance(c *conn) (name string, err error) {
 	var mode string
-	if _, err := c.one(journalModeQuery, func(row []driver.Value) { mode, _ = row[0].(string) }); err != nil {
+	if _, err := c.one(journalModeQuery, func(row *cursor) { mode = row.text() }); err != nil {
 		return "", err
 	}
 	if mode != "wal" {
 		return "", fmt.Errorf("its file system does not allow a write-ahead log (journal mode %q): use a local one", mode)
 	}
-	found, err := c.one(instanceQuery, func(row []driver.Value) { name, _ = row[0].(string) })
+	found, err := c.one(instanceQuery, func(row *cursor) { name = row.text() })
 	if err == nil && !found {
 		err = fmt.Errorf("it has lost the row of table instance")
 	}
@@ -39,7 +38,7 @@ func (s *Store) Instance(ctx context.Context) (string, error) {
 func (s *Store) NextBoot(ctx context.Context) (uint64, error) {
 	var boot int64
 	err := s.write(ctx, func(c *conn) error {
-		_, err := c.one(nextBootQuery, func(row []driver.Value) { boot, _ = row[0].(int64) })
+		_, err := c.one(nextBootQuery, func(row *cursor) { boot = row.integer() })
 		return err
 	})
 	if err != nil {

@@ -117,7 +117,7 @@ func (s *Store) KeyByVersion(ctx context.Context, versionID string) (store.Key, 
 
 func (s *Store) oneKey(ctx context.Context, q *query, id string) (key store.Key, err error) {
 	err = s.read(ctx, func(c *conn) error {
-		found, err := c.one(q, func(row []driver.Value) { key = (&cursor{row}).key() }, id)
+		found, err := c.one(q, func(row *cursor) { key = row.key() }, id)
 		if err == nil && !found {
 			err = fmt.Errorf("key %q: %w", id, store.ErrNotFound)
 		}
@@ -137,7 +137,11 @@ func (s *Store) UpdateKey(ctx context.Context, update store.Update) error {
 			return err
 		}
 		values := keyValues(key)
-		for _, q := range updateQueries {
+		queries := updateQueries[:]
+		if key.Revision == 2 {
+			queries = queries[1:] // nearly always the first import, which changes the state
+		}
+		for _, q := range queries {
 			changed, err := c.exec(q, values...)
 			if err != nil {
 				return err
@@ -174,7 +178,7 @@ func (s *Store) DeleteKey(ctx context.Context, deletion store.Deletion) error {
 
 // unchanged says why no row was changed: it is another revision, or none.
 func unchanged(c *conn, keyID string) error {
-	found, err := c.one(keyExistsQuery, func([]driver.Value) {}, keyID)
+	found, err := c.one(keyExistsQuery, func(*cursor) {}, keyID)
 	switch {
 	case err != nil:
 		return err
@@ -188,8 +192,8 @@ func unchanged(c *conn, keyID string) error {
 // DueKeys implements store.Store.
 func (s *Store) DueKeys(ctx context.Context, now time.Time, limit int) (keys []store.Key, err error) {
 	err = s.read(ctx, func(c *conn) error {
-		return c.all(dueKeysQuery, func(row []driver.Value) {
-			keys = append(keys, (&cursor{row}).key())
+		return c.all(dueKeysQuery, func(row *cursor) {
+			keys = append(keys, row.key())
 		}, now.Unix(), int64(max(limit, 0)))
 	})
 	return keys, err

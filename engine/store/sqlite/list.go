@@ -47,7 +47,7 @@ func (s *Store) ListKeys(ctx context.Context, filter store.KeyFilter, offset, li
 		if offset >= total || limit == 0 {
 			return nil
 		}
-		collect := func(row []driver.Value) { keys = append(keys, (&cursor{row}).key()) }
+		collect := func(row *cursor) { keys = append(keys, row.key()) }
 		if len(groups) == all {
 			return c.all(listQuery, collect, int64(limit), int64(offset))
 		}
@@ -63,9 +63,8 @@ func matches(filter store.KeyFilter, state, spec string) bool {
 }
 
 func groupsOf(c *conn) (groups []group, err error) {
-	err = c.all(countsQuery, func(row []driver.Value) {
-		r := cursor{row}
-		groups = append(groups, group{r.text(), r.text(), int(r.integer())})
+	err = c.all(countsQuery, func(row *cursor) {
+		groups = append(groups, group{row.text(), row.text(), int(row.integer())})
 	})
 	return groups, err
 }
@@ -76,8 +75,8 @@ func listByID(c *conn, filter store.KeyFilter, offset, limit int) (keys []store.
 	if err != nil {
 		return nil, 0, fmt.Errorf("sqlite: %w", err)
 	}
-	err = c.all(listByIDQuery, func(row []driver.Value) {
-		key := (&cursor{row}).key()
+	err = c.all(listByIDQuery, func(row *cursor) {
+		key := row.key()
 		if !matches(filter, key.State, key.Spec) {
 			return
 		}
@@ -92,16 +91,12 @@ func listByID(c *conn, filter store.KeyFilter, offset, limit int) (keys []store.
 // listGroups merges the lists of groups, each of which the index cmk_group has
 // in order. The statement depends on how many groups there are, so it is not
 // kept.
-func listGroups(c *conn, groups []group, offset, limit int, scan func([]driver.Value)) (err error) {
+func listGroups(c *conn, groups []group, offset, limit int, scan func(*cursor)) error {
 	s, err := c.statement(mergeText(len(groups)))
 	if err != nil {
 		return err
 	}
-	defer func() {
-		if e := s.Close(); e != nil && err == nil {
-			err = classify(e)
-		}
-	}()
+	defer s.close()
 	args := []driver.Value{int64(limit), int64(offset)}
 	for _, g := range groups {
 		args = append(args, g.state, g.spec)

@@ -3,7 +3,6 @@ package sqlite
 import (
 	"context"
 	"crypto/sha256"
-	"database/sql/driver"
 	"encoding/binary"
 	"fmt"
 	"time"
@@ -57,8 +56,8 @@ type nonces struct {
 func loadNonces(c *conn) (*nonces, error) {
 	n := &nonces{generations: make(map[int64]map[digest]uint8)}
 	var broken bool
-	err := c.all(loadNoncesQuery, func(row []driver.Value) {
-		batch := (&cursor{row}).bytes()
+	err := c.all(loadNoncesQuery, func(row *cursor) {
+		batch := row.bytes()
 		broken = broken || len(batch)%nonceLen != 0
 		for d, expires := range entries(batch) {
 			n.put(d, expires)

@@ -1,7 +1,6 @@
 package sqlite
 
 import (
-	"database/sql/driver"
 	"errors"
 	"path/filepath"
 	"strconv"
@@ -18,7 +17,7 @@ var countBatchesQuery = &query{`SELECT count(*) FROM nonce_batch`}
 func batches(t *testing.T, s *Store) (n int64) {
 	t.Helper()
 	require.NoError(t, s.read(t.Context(), func(c *conn) error {
-		_, err := c.one(countBatchesQuery, func(row []driver.Value) { n = (&cursor{row}).integer() })
+		_, err := c.one(countBatchesQuery, func(row *cursor) { n = row.integer() })
 		return err
 	}))
 	return n

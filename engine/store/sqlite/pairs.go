@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"fmt"
 	"time"
 
@@ -48,7 +47,7 @@ func (s *Store) AddPair(ctx context.Context, pair store.Pair) error {
 
 // Pairs implements store.Store.
 func (s *Store) Pairs(ctx context.Context, due time.Time, limit int) (pairs []store.Pair, err error) {
-	collect := func(row []driver.Value) { pairs = append(pairs, (&cursor{row}).pair()) }
+	collect := func(row *cursor) { pairs = append(pairs, row.pair()) }
 	err = s.read(ctx, func(c *conn) error {
 		if due.IsZero() {
 			return c.all(pairsQuery, collect)
@@ -61,14 +60,13 @@ func (s *Store) Pairs(ctx context.Context, due time.Time, limit int) (pairs []st
 // PairCounts implements store.Store.
 func (s *Store) PairCounts(ctx context.Context, now time.Time) (counts []store.PairCount, err error) {
 	err = s.read(ctx, func(c *conn) error {
-		return c.all(pairCountsQuery, func(row []driver.Value) {
-			r := cursor{row}
+		return c.all(pairCountsQuery, func(row *cursor) {
 			counts = append(counts, store.PairCount{
-				Spec:        r.text(),
-				Algorithm:   r.text(),
-				Ready:       int(r.integer()),
-				Bound:       int(r.integer()),
-				LastBoundAt: r.time(),
+				Spec:        row.text(),
+				Algorithm:   row.text(),
+				Ready:       int(row.integer()),
+				Bound:       int(row.integer()),
+				LastBoundAt: row.time(),
 			})
 		}, now.Unix())
 	})
@@ -83,7 +81,7 @@ func (s *Store) RetirePair(ctx context.Context, id [16]byte, now time.Time) erro
 			return err
 		}
 		var bound bool
-		found, err := c.one(pairBoundQuery, func(row []driver.Value) { bound = row[0] != nil }, id[:])
+		found, err := c.one(pairBoundQuery, func(row *cursor) { bound = !row.isNull() }, id[:])
 		switch {
 		case err != nil:
 			return err

@@ -16,7 +16,7 @@ func plan(t *testing.T, s *Store, text string) (steps []string) {
 	require.NoError(t, s.read(t.Context(), func(c *conn) error {
 		st, err := c.statement(`EXPLAIN QUERY PLAN ` + text)
 		require.NoError(t, err)
-		defer func() { require.NoError(t, st.Close()) }()
+		defer st.close()
 		args := make([]driver.Value, 21) // as many as any statement has
 		n := 0
 		for _, m := range regexp.MustCompile(`\$(\d+)`).FindAllStringSubmatch(text, -1) {
@@ -26,7 +26,7 @@ func plan(t *testing.T, s *Store, text string) (steps []string) {
 			}
 			n = max(n, i)
 		}
-		_, err = c.run(st, -1, func(row []driver.Value) { steps = append(steps, row[3].(string)) }, args[:n])
+		_, err = c.run(st, -1, func(row *cursor) { row.i = 3; steps = append(steps, row.text()) }, args[:n])
 		return err
 	}))
 	return steps

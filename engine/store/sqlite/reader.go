@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"errors"
 	"sync"
 )
@@ -15,10 +14,10 @@ type readers struct {
 	closeOnce sync.Once
 }
 
-func openReaders(ctx context.Context, connector driver.Connector, n int) (*readers, error) {
+func openReaders(ctx context.Context, uri string, n int, pragmas ...string) (*readers, error) {
 	r := &readers{idle: make(chan *conn, n), closed: make(chan struct{})}
 	for range n {
-		c, err := connect(ctx, connector)
+		c, err := connect(ctx, uri, pragmas...)
 		if err != nil {
 			return nil, errors.Join(err, r.drain(len(r.idle)))
 		}

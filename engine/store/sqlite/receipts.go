@@ -35,8 +35,10 @@ var (
 func (c *cursor) receipt() (r store.Receipt) {
 	r.Seq = c.integer()
 	r.Index = -1
-	if place, ok := c.next().(int64); ok {
-		r.Index = place
+	if !c.isNull() {
+		r.Index = c.integer()
+	} else {
+		c.next()
 	}
 	r.KeyID = c.text()
 	r.Revision = c.integer()
@@ -69,11 +71,10 @@ func (s *Store) Log(ctx context.Context) (log store.Log, err error) {
 }
 
 func readLog(c *conn) (log store.Log, err error) {
-	found, err := c.one(logQuery, func(row []driver.Value) {
-		r := cursor{row}
-		r.id(log.ID[:])
-		log.Size = r.integer()
-		log.Head = r.bytes()
+	found, err := c.one(logQuery, func(row *cursor) {
+		row.id(log.ID[:])
+		log.Size = row.integer()
+		log.Head = row.bytes()
 	})
 	if err == nil && !found {
 		err = fmt.Errorf("sqlite: the database has lost the row of table receipt_log")
@@ -93,7 +94,7 @@ func (s *Store) LogReceipts(ctx context.Context, from int64, limit int) ([]store
 
 func (s *Store) receipts(ctx context.Context, q *query, args ...driver.Value) (list []store.Receipt, err error) {
 	err = s.read(ctx, func(c *conn) error {
-		return c.all(q, func(row []driver.Value) { list = append(list, (&cursor{row}).receipt()) }, args...)
+		return c.all(q, func(row *cursor) { list = append(list, row.receipt()) }, args...)
 	})
 	return list, err
 }
@@ -101,11 +102,11 @@ func (s *Store) receipts(ctx context.Context, q *query, args ...driver.Value) (l
 // KeyReceipts implements store.Store.
 func (s *Store) KeyReceipts(ctx context.Context, keyID string, offset, limit int) (list []store.Receipt, total int, err error) {
 	err = s.snapshot(ctx, func(c *conn) error {
-		_, err := c.one(countReceiptsQuery, func(row []driver.Value) { total = int((&cursor{row}).integer()) }, keyID)
+		_, err := c.one(countReceiptsQuery, func(row *cursor) { total = int(row.integer()) }, keyID)
 		if err != nil {
 			return err
 		}
-		return c.all(keyReceiptsQuery, func(row []driver.Value) { list = append(list, (&cursor{row}).receipt()) },
+		return c.all(keyReceiptsQuery, func(row *cursor) { list = append(list, row.receipt()) },
 			keyID, int64(max(limit, 0)), int64(max(offset, 0)))
 	})
 	return list, total, err
@@ -114,7 +115,7 @@ func (s *Store) KeyReceipts(ctx context.Context, keyID string, offset, limit int
 // ImportReceipt implements store.Store.
 func (s *Store) ImportReceipt(ctx context.Context, keyID, requestID string) (r store.Receipt, err error) {
 	err = s.read(ctx, func(c *conn) error {
-		found, err := c.one(importReceiptQuery, func(row []driver.Value) { r = (&cursor{row}).receipt() }, keyID, requestID)
+		found, err := c.one(importReceiptQuery, func(row *cursor) { r = row.receipt() }, keyID, requestID)
 		if err == nil && !found {
 			err = fmt.Errorf("receipt of an import into key %q: %w", keyID, store.ErrNotFound)
 		}
@@ -127,8 +128,8 @@ func (s *Store) ImportReceipt(ctx context.Context, keyID, requestID string) (r s
 func (s *Store) LogTiles(ctx context.Context, tiles []store.Tile) (list []store.Tile, err error) {
 	err = s.snapshot(ctx, func(c *conn) error {
 		for _, t := range tiles {
-			_, err := c.one(tileQuery, func(row []driver.Value) {
-				list = append(list, store.Tile{Level: t.Level, N: t.N, Hashes: (&cursor{row}).bytes()})
+			_, err := c.one(tileQuery, func(row *cursor) {
+				list = append(list, store.Tile{Level: t.Level, N: t.N, Hashes: row.bytes()})
 			}, int64(t.Level), t.N)
 			if err != nil {
 				return err
@@ -151,7 +152,7 @@ func (s *Store) ExtendLog(ctx context.Context, x store.LogExtension) error {
 		}
 		for _, seq := range x.Entries { // all of them before the first is written: see write.do
 			pending := false
-			if _, err := c.one(pendingQuery, func([]driver.Value) { pending = true }, seq); err != nil {
+			if _, err := c.one(pendingQuery, func(*cursor) { pending = true }, seq); err != nil {
 				return err
 			}
 			if !pending {

@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"fmt"
 	"time"
 
@@ -31,7 +30,7 @@ func checkHolding(c *conn, keyID string, h *store.Holding) error {
 	if h == nil || h.ID == nil {
 		return nil
 	}
-	found, err := c.one(checkHoldingQuery, func([]driver.Value) {}, h.ID, keyID)
+	found, err := c.one(checkHoldingQuery, func(*cursor) {}, h.ID, keyID)
 	if err == nil && !found {
 		err = fmt.Errorf("key %q: %w", keyID, store.ErrCondemned)
 	}
@@ -52,7 +51,7 @@ func (s *Store) AddResident(ctx context.Context, r store.Resident, limit int) er
 	return s.write(ctx, func(c *conn) error {
 		if limit > 0 {
 			var n int64
-			if _, err := c.one(countResidentsQuery, func(row []driver.Value) { n = (&cursor{row}).integer() }); err != nil {
+			if _, err := c.one(countResidentsQuery, func(row *cursor) { n = row.integer() }); err != nil {
 				return err
 			}
 			if n >= int64(limit) {
@@ -66,11 +65,10 @@ func (s *Store) AddResident(ctx context.Context, r store.Resident, limit int) er
 
 // Residents implements store.Store.
 func (s *Store) Residents(ctx context.Context, due time.Time, limit int) (residents []store.Resident, err error) {
-	collect := func(row []driver.Value) {
-		c := cursor{row}
+	collect := func(row *cursor) {
 		var r store.Resident
-		c.id(r.ID[:])
-		r.KeyID, r.Node, r.Since, r.State = c.text(), c.text(), c.time(), store.ResidentState(c.integer())
+		row.id(r.ID[:])
+		r.KeyID, r.Node, r.Since, r.State = row.text(), row.text(), row.time(), store.ResidentState(row.integer())
 		residents = append(residents, r)
 	}
 	err = s.read(ctx, func(c *conn) error {
@@ -89,7 +87,7 @@ func (s *Store) CondemnResident(ctx context.Context, id [16]byte) error {
 		if err != nil || changed == 1 {
 			return err
 		}
-		found, err := c.one(residentStateQuery, func([]driver.Value) {}, id[:])
+		found, err := c.one(residentStateQuery, func(*cursor) {}, id[:])
 		switch {
 		case err != nil:
 			return err

@@ -21,7 +21,6 @@ package sqlite
 import (
 	"cmp"
 	"context"
-	"database/sql/driver"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -127,23 +126,24 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 	if err := claim(ctx, plain, path); err != nil {
 		return nil, err
 	}
-	writing, err := sqlitedriver.NewConnector(dsn(path, cfg, "rw", "journal_mode(WAL)", "synchronous(FULL)",
-		"foreign_keys(ON)", "secure_delete(ON)", "max_page_count("+strconv.FormatInt(maxPages(cfg.MaxSize), 10)+")"))
+	settings := writeSettings(cfg)
+	writing, err := sqlitedriver.NewConnector(dsn(path, cfg, "rw", settings...))
 	if err != nil {
 		return nil, fmt.Errorf("sqlite: %w", err)
 	}
 	if err := migrate(ctx, writing, path, cmp.Or(cfg.Logger, slog.New(slog.DiscardHandler))); err != nil {
 		return nil, err
 	}
-	if err := s.connect(ctx, path, cfg, writing); err != nil {
+	if err := s.connect(ctx, path, cfg); err != nil {
 		return nil, fmt.Errorf("sqlite: cannot open database %s: %w", path, err)
 	}
 	return s, nil
 }
 
 // connect opens the connections for writing and for reading.
-func (s *Store) connect(ctx context.Context, path string, cfg Config, writing driver.Connector) error {
-	c, err := connect(ctx, writing)
+func (s *Store) connect(ctx context.Context, path string, cfg Config) error {
+	wait := "busy_timeout(" + milliseconds(cfg.busyTimeout()) + ")"
+	c, err := connect(ctx, uri(path, "rw"), append([]string{wait}, writeSettings(cfg)...)...)
 	if err != nil {
 		return err
 	}
@@ -155,12 +155,21 @@ func (s *Store) connect(ctx context.Context, path string, cfg Config, writing dr
 		return errors.Join(err, c.close())
 	}
 	s.writer = newWriter(c, remembered, cfg.busyTimeout())
-	reading, err := sqlitedriver.NewConnector(dsn(path, cfg, "ro", "query_only(ON)"))
-	if err != nil {
-		return err
-	}
-	s.readers, err = openReaders(ctx, reading, cmp.Or(cfg.Readers, max(4, 2*runtime.GOMAXPROCS(0))))
+	s.readers, err = openReaders(ctx, uri(path, "ro"), cmp.Or(cfg.Readers, max(4, 2*runtime.GOMAXPROCS(0))), wait, "query_only(ON)")
 	return err
+}
+
+// writeSettings are the pragmas of the connection for writing.
+func writeSettings(cfg Config) []string {
+	return []string{
+		"journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(ON)", "secure_delete(ON)",
+		"max_page_count(" + strconv.FormatInt(maxPages(cfg.MaxSize), 10) + ")",
+	}
+}
+
+// uri names the database at path to SQLite.
+func uri(path, mode string) string {
+	return (&url.URL{Scheme: "file", Path: path, RawQuery: url.Values{"mode": {mode}}.Encode(), OmitHost: true}).String()
 }
 
 // Close finishes the calls under way, folds the write-ahead log into the

@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"fmt"
 	"math"
 
@@ -20,9 +19,8 @@ var (
 // Usage implements store.Store.
 func (s *Store) Usage(ctx context.Context, keyID string) (usage store.Usage, err error) {
 	err = s.read(ctx, func(c *conn) error {
-		found, err := c.one(usageQuery, func(row []driver.Value) {
-			r := cursor{row}
-			usage = store.Usage{KeyID: keyID, Uses: uint64(r.integer()), Boot: uint64(r.integer()), MAC: r.bytes()}
+		found, err := c.one(usageQuery, func(row *cursor) {
+			usage = store.Usage{KeyID: keyID, Uses: uint64(row.integer()), Boot: uint64(row.integer()), MAC: row.bytes()}
 		}, keyID)
 		if err == nil && !found {
 			err = fmt.Errorf("usage of key %q: %w", keyID, store.ErrNotFound)

@@ -3,6 +3,9 @@ package sqlite
 import (
 	"database/sql/driver"
 	"time"
+
+	"modernc.org/libc"
+	lite "modernc.org/sqlite/lib"
 )
 
 // seconds is t as stored: whole seconds since 1970, NULL for the zero time.
@@ -21,45 +24,62 @@ func bytes(b []byte) driver.Value {
 	return b
 }
 
-// cursor reads the columns of a row one after the other. The columns have the
-// types of a STRICT table, and NULL reads as the zero value.
-type cursor struct{ row []driver.Value }
+// cursor reads the columns of the row at which a statement stands, one after the
+// other. The columns have the types of a STRICT table, and NULL reads as the zero
+// value. It is good until the statement goes on; what it returns is the caller's.
+type cursor struct {
+	tls  *libc.TLS
+	stmt uintptr
+	i    int32 // the next column
+}
 
-func (c *cursor) next() driver.Value {
-	v := c.row[0]
-	c.row = c.row[1:]
-	return v
+func (c *cursor) next() int32 {
+	c.i++
+	return c.i - 1
+}
+
+// isNull reports whether the next column is NULL, and does not read it.
+func (c *cursor) isNull() bool {
+	return lite.Xsqlite3_column_type(c.tls, c.stmt, c.i) == lite.SQLITE_NULL
 }
 
 func (c *cursor) text() string {
-	s, _ := c.next().(string)
-	return s
+	i := c.next()
+	p := lite.Xsqlite3_column_text(c.tls, c.stmt, i)
+	if p == 0 {
+		return ""
+	}
+	return string(libc.GoBytes(p, int(lite.Xsqlite3_column_bytes(c.tls, c.stmt, i))))
 }
 
-func (c *cursor) integer() int64 {
-	n, _ := c.next().(int64)
-	return n
-}
+func (c *cursor) integer() int64 { return lite.Xsqlite3_column_int64(c.tls, c.stmt, c.next()) }
 
 func (c *cursor) time() time.Time {
-	n, ok := c.next().(int64)
-	if !ok {
+	if c.isNull() {
+		c.i++
 		return time.Time{}
 	}
-	return time.Unix(n, 0).UTC()
+	return time.Unix(c.integer(), 0).UTC()
 }
 
-// bytes returns a slice that belongs to the caller. The driver reads an empty
-// blob as nil of type []byte.
+// bytes returns nil for NULL alone.
 func (c *cursor) bytes() []byte {
-	b, ok := c.next().([]byte)
-	if ok && b == nil {
-		return []byte{}
+	if c.isNull() {
+		c.i++
+		return nil
 	}
-	return b
+	return append([]byte{}, c.view()...)
+}
+
+// view is the next column where SQLite has it.
+func (c *cursor) view() []byte {
+	i := c.next()
+	p := lite.Xsqlite3_column_blob(c.tls, c.stmt, i)
+	if p == 0 {
+		return nil
+	}
+	return libc.GoBytes(p, int(lite.Xsqlite3_column_bytes(c.tls, c.stmt, i)))
 }
 
 // id fills dst, and leaves it alone if the column is NULL.
-func (c *cursor) id(dst []byte) {
-	copy(dst, c.bytes())
-}
+func (c *cursor) id(dst []byte) { copy(dst, c.view()) }
