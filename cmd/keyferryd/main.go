@@ -7,6 +7,7 @@
 //	keyferryd dev          serve on a SoftHSM2 token of its own, with nothing set up
 //	keyferryd demo         walk through the life of a customer's key
 //	keyferryd doctor       say what the token can do, and what to change
+//	keyferryd bench        measure the token, and what serving costs beyond it
 //	keyferryd health       ask a running server whether it is well
 //	keyferryd receipt-key  print the public key that receipts are verified with
 //
@@ -58,7 +59,7 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 		SilenceErrors: true,
 		SilenceUsage:  true,
 	}
-	root.AddCommand(initCommand(), migrateCommand(), serveCommand(), devCommand(), demoCommand(), doctorCommand(), healthCommand(), receiptKeyCommand())
+	root.AddCommand(initCommand(), migrateCommand(), serveCommand(), devCommand(), demoCommand(), doctorCommand(), benchCommand(), healthCommand(), receiptKeyCommand())
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)

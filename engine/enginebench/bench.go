@@ -27,7 +27,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -191,10 +190,6 @@ func (b *Bench) destroyPairs(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
-// Offers are the wrapping algorithms that the token offers, the first of which
-// the keys were imported by.
-func (b *Bench) Offers() []engine.WrappingOffer { return slices.Clone(b.offers) }
-
 // next is whose turn it is of n.
 func (b *Bench) next(n int) int { return int(uint64(b.turn.Add(1)) % uint64(n)) }
 
@@ -244,7 +239,7 @@ func (b *Bench) route(ctx context.Context, offer engine.WrappingOffer) (*route, 
 		return nil, fmt.Errorf("%s: %w", offer, err)
 	}
 	b.routes[offer] = r
-	return r, nil
+	return r, b.poolFilled(ctx, 1, b.offers)
 }
 
 // customer asks for parameters and wraps material under them.

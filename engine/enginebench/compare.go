@@ -3,16 +3,17 @@ package enginebench
 import (
 	"context"
 	"errors"
+	"fmt"
 	"math"
 	"sync"
 	"syscall"
 	"time"
 )
 
-// slice is how long one load runs before the next has its turn. Callers finish
-// what they have begun, and that is counted: what a slice loses at its end is
-// the time of one step.
-const slice = 250 * time.Millisecond
+// maxSlice is how long one load runs before the next has its turn. Callers
+// finish what they have begun, and that is counted: what a slice loses at its end
+// is the time of one step.
+const maxSlice = 250 * time.Millisecond
 
 // load is one of the things that are compared.
 type load struct {
@@ -50,23 +51,33 @@ func (c *Comparison) add(name string, step func(caller int) (func(context.Contex
 }
 
 // Round gives every load one slice.
-func (c *Comparison) Round(ctx context.Context) error {
+func (c *Comparison) Round(ctx context.Context) error { return c.round(ctx, maxSlice) }
+
+func (c *Comparison) round(ctx context.Context, slice time.Duration) error {
 	for _, l := range c.loads {
-		if err := l.run(ctx); err != nil {
+		if err := ctx.Err(); err != nil {
 			return err
+		}
+		if err := l.run(ctx, slice); err != nil {
+			return fmt.Errorf("%s: %w", c.name, err)
 		}
 	}
 	return nil
 }
 
-// Run makes rounds for as long as d, and one at least.
+// Run makes rounds for as long as d, and one at least, in shorter slices where d
+// is short.
 func (c *Comparison) Run(ctx context.Context, d time.Duration) error {
+	slice := min(maxSlice, d/time.Duration(len(c.loads)))
 	for start := time.Now(); ; {
-		if err := c.Round(ctx); err != nil || time.Since(start) >= d {
+		if err := c.round(ctx, slice); err != nil || time.Since(start) >= d {
 			return err
 		}
 	}
 }
+
+// Name says what is compared.
+func (c *Comparison) Name() string { return c.name }
 
 // Row is what the rounds have shown.
 func (c *Comparison) Row() Row { return Row{Name: c.name, Callers: c.callers, Metrics: c.row(c)} }
@@ -81,7 +92,7 @@ func (c *Comparison) Close() error {
 	return errors.Join(errs...)
 }
 
-func (l *load) run(ctx context.Context) error {
+func (l *load) run(ctx context.Context, slice time.Duration) error {
 	var wg sync.WaitGroup
 	parts, errs := make([]tally, len(l.steps)), make([]error, len(l.steps))
 	use, start := processorTime(), time.Now()

@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/keyferry/keyferry/engine"
@@ -237,90 +238,101 @@ func (b *Bench) Miss(ctx context.Context, callers int) (*Comparison, error) {
 
 // Parameters measures GetParametersForImport: by one caller who gets a fresh
 // pair each time while the pool has some, by callers who share pairs, and what it
-// takes the token to generate one. It takes so many fresh pairs.
-func (b *Bench) Parameters(ctx context.Context, fresh, callers int, d time.Duration) (rows []Row, err error) {
-	offer := b.offers[0]
-	roomy, err := engine.New(ctx, engine.Config{
-		Token: b.token, Store: deaf{named{b.store}}, PairSpecs: []hsm.PairSpec{offer.Spec},
-		PoolSize: poolSize, PairBound: 1 << 20, Custody: hsm.Sealed,
-	})
-	if err != nil {
+// takes the token to generate one. It takes so many fresh pairs, and measures the
+// shared ones for as long as d.
+func (b *Bench) Parameters(ctx context.Context, fresh, callers int, d time.Duration) (*Table, error) {
+	var held, made tally
+	if err := b.takeFresh(ctx, fresh, &held); err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, roomy.Close()) }()
-	var held, made tally
-	take := func(e *engine.Engine, t *tally) error {
-		start := time.Now()
-		_, err := e.GetParametersForImport(ctx, b.keys[b.next(len(b.keys))].id, offer.Spec, offer.Algorithm)
-		t.add(time.Since(start))
-		t.wall += time.Since(start)
-		return err
-	}
-	for held.n < fresh {
-		if err := b.poolFilled(ctx, offer); err != nil {
-			return nil, err
-		}
-		for range min(poolSize, fresh-held.n) {
-			if err := take(roomy, &held); err != nil {
-				return nil, err
-			}
-		}
-	}
-	for range 3 {
-		start := time.Now()
-		pair, err := b.token.GeneratePair(ctx, Instance, time.Now(), offer.Spec, offer.Algorithm)
+	offer := b.offers[0]
+	for range max(1, fresh/8) {
+		var pair hsm.PairInfo
+		err := made.time(func() (err error) {
+			pair, err = b.token.GeneratePair(ctx, Instance, time.Now(), offer.Spec, offer.Algorithm)
+			return err
+		})
 		if err != nil {
 			return nil, err
 		}
-		made.add(time.Since(start))
-		made.wall += time.Since(start)
 		if err := b.token.DestroyPair(ctx, pair.ID); err != nil {
 			return nil, err
 		}
 	}
-	if err := b.poolFilled(ctx, offer); err != nil { // nothing is generated meanwhile
-		return nil, err
-	}
-	c := &Comparison{callers: callers}
-	err = c.add("shared", func(int) (func(context.Context) error, error) {
-		return func(ctx context.Context) error {
-			_, err := b.engine.GetParametersForImport(ctx, b.keys[b.next(len(b.keys))].id, offer.Spec, offer.Algorithm)
-			return err
-		}, nil
+	c := &Comparison{name: "parameters", callers: callers}
+	err := c.add("shared", func(int) (func(context.Context) error, error) {
+		return func(ctx context.Context) error { return b.parameters(ctx, b.engine) }, nil
 	})
 	if err = errors.Join(err, c.Run(ctx, d)); err != nil {
 		return nil, err
 	}
-	latencies := func(name string, callers int, t *tally) Row {
+	row := func(name string, callers int, t *tally) Row {
 		return Row{Name: name, Callers: callers, Metrics: []Metric{
-			{"of", float64(t.n)},
-			{"a-second", t.perSecond()},
+			{"times", float64(t.n)},
+			{"per-s", t.perSecond()},
 			{"p50-ms", t.percentile(50) / 1000},
 			{"p99-ms", t.percentile(99) / 1000},
 		}}
 	}
-	return []Row{
-		latencies("parameters, fresh pairs of the pool", 1, &held),
-		latencies("parameters, shared pairs", callers, &c.loads[0].tally),
-		latencies("generation of a pair", 1, &made),
-	}, nil
+	return &Table{Title: "Parameters for import", Rows: []Row{
+		row("a fresh pair of the pool", 1, &held),
+		row("a shared pair", callers, &c.loads[0].tally),
+		row("for comparison, generating a pair", 1, &made),
+	}}, nil
 }
 
-// poolSize is how many pairs Parameters has ready at a time.
-const poolSize = 8
+// parameters asks for parameters of one of the CMKs.
+func (b *Bench) parameters(ctx context.Context, e *engine.Engine) error {
+	_, err := e.GetParametersForImport(ctx, b.keys[b.next(len(b.keys))].id, b.offers[0].Spec, b.offers[0].Algorithm)
+	return err
+}
 
-// poolFilled waits until the pool of an offer is full.
-func (b *Bench) poolFilled(ctx context.Context, offer engine.WrappingOffer) error {
+// time counts what one step takes.
+func (t *tally) time(step func() error) error {
+	start := time.Now()
+	err := step()
+	t.add(time.Since(start))
+	t.wall += time.Since(start)
+	return err
+}
+
+// takeFresh takes so many fresh pairs, each time as many as the pool has.
+func (b *Bench) takeFresh(ctx context.Context, n int, t *tally) (err error) {
+	size := min(8, n)
+	roomy, err := engine.New(ctx, engine.Config{
+		Token: b.token, Store: deaf{named{b.store}}, PairSpecs: []hsm.PairSpec{b.offers[0].Spec},
+		PoolSize: size, PairBound: 1 << 20, Custody: hsm.Sealed,
+	})
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, roomy.Close()) }()
+	for t.n < n {
+		if err := b.poolFilled(ctx, size, roomy.Algorithms()); err != nil {
+			return err
+		}
+		for range min(size, n-t.n) {
+			if err := t.time(func() error { return b.parameters(ctx, roomy) }); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// poolFilled waits until there are so many ready pairs of offers, so that none is
+// generated meanwhile.
+func (b *Bench) poolFilled(ctx context.Context, size int, offers []engine.WrappingOffer) error {
 	for {
 		counts, err := b.store.PairCounts(ctx, time.Now())
 		if err != nil {
 			return err
 		}
-		full := true
+		ready := make(map[engine.WrappingOffer]int)
 		for _, n := range counts {
-			full = full && (n.Spec != string(offer.Spec) || n.Ready >= poolSize)
+			ready[engine.WrappingOffer{Spec: hsm.PairSpec(n.Spec), Algorithm: hsm.Algorithm(n.Algorithm)}] = n.Ready
 		}
-		if full {
+		if !slices.ContainsFunc(offers, func(o engine.WrappingOffer) bool { return ready[o] < size }) {
 			return nil
 		}
 		select {

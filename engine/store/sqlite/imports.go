@@ -155,7 +155,7 @@ func checkBudget(c *conn, b *store.Budget) error {
 		return nil
 	}
 	failures := int64(0)
-	found, err := c.one(failuresQuery, func(row []driver.Value) { failures = (&cursor{row}).integer() }, b.TokenID[:])
+	found, err := c.one(failuresQuery, func(row *cursor) { failures = row.integer() }, b.TokenID[:])
 	if err == nil && (!found || failures >= int64(b.Failures)) {
 		err = fmt.Errorf("import token %x: %w", b.TokenID, store.ErrSpent)
 	}
