@@ -56,7 +56,7 @@ type Config struct {
 
 	PoolSize  int            // ready wrapping pairs per spec and algorithm; 0: 8
 	PairBound int            // outstanding ones before they are shared; 0: 64
-	PairSpecs []hsm.PairSpec // offered if the token has them; nil: RSA_2048, EC_SM2
+	PairSpecs []hsm.PairSpec // offered if the token has them; nil: DefaultPairSpecs
 
 	// Custody is that of CMKs which do not ask for one; 0: hsm.Sealed. Material
 	// of CMKs that ask for another is kept in that, if the token can, unless
@@ -82,6 +82,9 @@ type Config struct {
 
 	bounds bounds // zero: defaultBounds
 }
+
+// DefaultPairSpecs are Config.PairSpecs where those are nil.
+func DefaultPairSpecs() []hsm.PairSpec { return []hsm.PairSpec{hsm.RSA2048, hsm.ECSM2} }
 
 // DefaultResidentLimit is Config.ResidentLimit where that is 0: what a small
 // HSM holds beside its other objects.
@@ -230,7 +233,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		e.observer = unobserved{}
 	}
 	if e.specs == nil {
-		e.specs = []hsm.PairSpec{hsm.RSA2048, hsm.ECSM2}
+		e.specs = DefaultPairSpecs()
 	}
 	e.offers = offersOf(e.token, e.specs)
 	e.headAt = e.second()

@@ -33,6 +33,16 @@ type TokenInfo struct {
 	Model        string `json:"model"`
 	MaxSessions  int    `json:"max_sessions"` // 0: it does not say, or has no limit
 	Memory       Memory `json:"private_memory"`
+	// Library is what the module says of itself. It decides nothing either; but
+	// whoever loads a module, and gives it the PIN, believes it in any case.
+	Library Library `json:"library"`
+}
+
+// Library is what a module says of itself.
+type Library struct {
+	Manufacturer string `json:"manufacturer"`
+	Description  string `json:"description"`
+	Version      string `json:"version"` // such as 2.6
 }
 
 // KeyState says what became of one of Init's keys.
@@ -96,6 +106,10 @@ func examine(cfg Config, thorough bool) (_ *Examination, err error) {
 	if err != nil {
 		return nil, err
 	}
+	lib, err := mod.Library()
+	if err != nil {
+		return nil, fault("ask the module for itself", err)
+	}
 	s, err := mod.OpenSession(tok.Slot)
 	if err != nil {
 		return nil, fault("open a session", err)
@@ -106,7 +120,8 @@ func examine(cfg Config, thorough bool) (_ *Examination, err error) {
 	}
 	x := &Examination{Token: TokenInfo{
 		Label: tok.Label, Serial: tok.Serial, Manufacturer: tok.Manufacturer, Model: tok.Model, MaxSessions: int(tok.MaxSessions),
-		Memory: Memory{tok.FreePrivate, tok.TotalPrivate},
+		Memory:  Memory{tok.FreePrivate, tok.TotalPrivate},
+		Library: Library{lib.Manufacturer, lib.Description, fmt.Sprintf("%d.%d", lib.Major, lib.Minor)},
 	}}
 	p := prober{
 		mod: mod, slot: tok.Slot, log: cfg.Logger, v15: cfg.AllowPKCS1v15, thorough: thorough, profile: cfg.Profile, profiles: cfg.Profiles,

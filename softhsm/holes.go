@@ -22,6 +22,15 @@ const (
 	shownByDatabase = "engine"
 )
 
+// What C_GetInfo says of stock SoftHSM2 2.6.1, which has KnownHoles, and of our
+// build, in libraryDescription (patches/0012-name.patch).
+const (
+	Manufacturer     = "SoftHSM"
+	StockDescription = "Implementation of PKCS11"
+	StockVersion     = "2.6"
+	OurDescription   = "SoftHSM with Keyferry's patches"
+)
+
 // KnownHoles are those of stock SoftHSM2 2.6.1. A hole that tests find and
 // that is not listed here fails them, and so does one that is listed and that
 // they do not find.

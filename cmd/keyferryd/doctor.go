@@ -123,11 +123,15 @@ type guarantee struct {
 	Because   []string `json:"because,omitempty"`
 }
 
-// hole is one of stock SoftHSM2, wherever it can be probed without a race.
+// hole is one of stock SoftHSM2.
 type hole struct {
 	ID    string `json:"id"`
 	Limit string `json:"limit"`
-	State string `json:"state"` // "open", "closed" or "unknown"
+	// State is "open" or "closed" where that was tried. What takes a race, a crash
+	// or a second token is not tried: it is "listed" where the library says that it
+	// is the stock SoftHSM2 which has it, "patched" where it says that it is our
+	// build, which has not, and else "unknown".
+	State string `json:"state"`
 }
 
 // foundKey is one of the keys that init makes.
@@ -197,6 +201,8 @@ func (d *diagnosis) unexamined(err error, cfg *config) {
 		d.problem(err.Error(), "have token.label and token.pins name the token that init was run on, and no other token of that label in the module")
 	case errors.Is(err, os.ErrNotExist):
 		d.problem(err.Error(), "put the user PIN there")
+	case errors.Is(err, hsm.ErrUnavailable) && softHSMConf(cfg) != "":
+		d.problem(err.Error(), "%s", softHSMConf(cfg))
 	default:
 		d.problem(err.Error(), "correct token.module, token.label, token.init_args and token.environment, or make the token with %q", "keyferryd init --init-token")
 	}

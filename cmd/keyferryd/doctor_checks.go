@@ -143,6 +143,10 @@ func (d *diagnosis) checkCapabilities(x *hsm.Examination, cfg *config) {
 		}
 		d.warn(fmt.Sprintf("%q is accepted and the token does not need it: the rule is kept", e), "take it out of the configuration")
 	}
+	specs := cfg.Pairs.Specs
+	if len(specs) == 0 {
+		specs = engine.DefaultPairSpecs()
+	}
 	for _, spec := range []hsm.PairSpec{hsm.RSA2048, hsm.RSA3072, hsm.RSA4096, hsm.ECSM2} {
 		var offered bool
 		for _, alg := range []hsm.Algorithm{hsm.OAEPSHA1, hsm.OAEPSHA256, hsm.PKCS1v15, hsm.SM2PKE} {
@@ -153,8 +157,11 @@ func (d *diagnosis) checkCapabilities(x *hsm.Examination, cfg *config) {
 			if err := caps.Offers(spec, alg); err != nil {
 				w.Offered, w.Reason = false, plain(err)
 			}
-			d.Wrapping = append(d.Wrapping, w)
 			offered = offered || w.Offered
+			if w.Offered && !slices.Contains(specs, spec) {
+				w.Offered, w.Reason = false, "the token could; "+string(spec)+" is not in wrapping_pairs.specs"
+			}
+			d.Wrapping = append(d.Wrapping, w)
 		}
 		if !offered && slices.Contains(cfg.Pairs.Specs, spec) {
 			d.problem(fmt.Sprintf("wrapping_pairs.specs asks for %s, and the token has no algorithm for it", spec), "take it out, or use another token")

@@ -69,21 +69,42 @@ func (d *diagnosis) judge(x *hsm.Examination, cfg *config) {
 		d.warn("a tampered RSAES_PKCS1_V1_5 blob unwraps to a random key, about one in 250 of them of the right length",
 			"have customers compare the check value or the material id of what they imported")
 	}
-	probed := map[string]string{"O3": hsm.FindDigestKey, "O8": hsm.FindByValue}
 	for _, h := range softhsm.KnownHoles {
 		if h.Closed == "" {
 			d.Limits = append(d.Limits, h.Limit)
+		} else {
+			d.Holes = append(d.Holes, hole{ID: h.ID, Limit: h.Limit, State: stateOf(h.ID, x)})
+		}
+	}
+}
+
+// probed are the findings that show a hole.
+var probed = map[string]string{"O3": hsm.FindDigestKey, "O8": hsm.FindByValue}
+
+// stateOf is the state of a hole. What a library says of itself counts where
+// nothing can be tried: one that lies has the PIN, and needs no hole. But it must
+// agree with what was tried.
+func stateOf(id string, x *hsm.Examination) string {
+	verdicts := map[hsm.Verdict]int{}
+	for of, finding := range probed {
+		v := x.Capabilities.Finding(finding).Verdict
+		if verdicts[v]++; of != id {
 			continue
 		}
-		state := "unknown" // it takes a race, or another token, to find out
-		if id, ok := probed[h.ID]; ok {
-			switch x.Capabilities.Finding(id).Verdict {
-			case hsm.Proven:
-				state = "closed"
-			case hsm.Ignored:
-				state = "open"
-			}
+		switch v {
+		case hsm.Proven:
+			return "closed"
+		case hsm.Ignored:
+			return "open"
 		}
-		d.Holes = append(d.Holes, hole{ID: h.ID, Limit: h.Limit, State: state})
+		return "unknown"
 	}
+	switch lib := x.Token.Library; {
+	case lib.Manufacturer != softhsm.Manufacturer:
+	case lib.Description == softhsm.OurDescription && verdicts[hsm.Proven] == len(probed):
+		return "patched"
+	case lib.Description == softhsm.StockDescription && lib.Version == softhsm.StockVersion && verdicts[hsm.Ignored] == len(probed):
+		return "listed"
+	}
+	return "unknown"
 }

@@ -92,6 +92,17 @@ func TestDoctor(t *testing.T) {
 			require.Contains(t, text, limit)
 		}
 		require.Len(t, d.Holes, 9)
+		tried, said := "open", "listed"
+		if d.Token.Library.Description == softhsm.OurDescription {
+			tried, said = "closed", "patched"
+		}
+		for _, h := range d.Holes {
+			want := said
+			if h.ID == "O3" || h.ID == "O8" {
+				want = tried
+			}
+			require.Equal(t, want, h.State, h.ID)
+		}
 		pin, err := os.ReadFile(s.file("user-pin"))
 		require.NoError(t, err)
 		require.NotContains(t, text, strings.TrimSpace(string(pin)))
@@ -108,16 +119,17 @@ func TestDoctor(t *testing.T) {
 	cfg, err := parseConfig(pinned)
 	require.NoError(t, err)
 	for name, c := range map[string]struct{ old, new, says string }{
-		"another vault":      {cfg.Token.Pins.VaultAES.String(), strings.Repeat("11", 32), "the pinned key 1111"},
-		"another serial":     {cfg.Token.Pins.Serial, "0000000000000000", "not the pinned"},
-		"wrong PIN":          {"user_pin_file: user-pin", "user_pin_file: so-pin", "it was tried once"},
-		"guessable secret":   {"secret_file: secret", "secret_file: short", "can be guessed"},
-		"no database":        {"sqlite: keyferry.db", "sqlite: other.db", "there is no database"},
-		"not a database":     {"sqlite: keyferry.db", "sqlite: keyferryd.yaml", "is no database of SQLite"},
-		"a profile it lacks": {"label: site", "label: site\n  profile: luna", "has neither SM4 nor SM2"},
-		"no such exception":  {"label: site", "label: site\n  accept: [everything]", "there is no exception"},
-		"no such trust":      {"access_keys:", "vault: {trusted: perhaps}\naccess_keys:", "neither vendor-tool nor unavailable"},
-		"a size it lacks":    {"access_keys:", "wrapping_pairs: {specs: [RSA_1024]}\naccess_keys:", "RSA_1024"},
+		"another vault":                {cfg.Token.Pins.VaultAES.String(), strings.Repeat("11", 32), "the pinned key 1111"},
+		"another serial":               {cfg.Token.Pins.Serial, "0000000000000000", "not the pinned"},
+		"wrong PIN":                    {"user_pin_file: user-pin", "user_pin_file: so-pin", "it was tried once"},
+		"guessable secret":             {"secret_file: secret", "secret_file: short", "can be guessed"},
+		"no database":                  {"sqlite: keyferry.db", "sqlite: other.db", "there is no database"},
+		"not a database":               {"sqlite: keyferry.db", "sqlite: keyferryd.yaml", "is no database of SQLite"},
+		"a profile it lacks":           {"label: site", "label: site\n  profile: luna", "has neither SM4 nor SM2"},
+		"no such exception":            {"label: site", "label: site\n  accept: [everything]", "there is no exception"},
+		"no such trust":                {"access_keys:", "vault: {trusted: perhaps}\naccess_keys:", "neither vendor-tool nor unavailable"},
+		"no configuration of SoftHSM2": {"SOFTHSM2_CONF: ", "SOFTHSM2_CONF: /nowhere", "cannot read the configuration that SOFTHSM2_CONF names"},
+		"a size it lacks":              {"access_keys:", "wrapping_pairs: {specs: [RSA_1024]}\naccess_keys:", "RSA_1024"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			s.write(t, "short", "123")
@@ -139,7 +151,22 @@ func TestDoctor(t *testing.T) {
 		}
 		d, _ := s.doctor(t, status)
 		require.Equal(t, status == 0, d.Ready)
+		if status != 0 {
+			_, stderr, err := s.keyferryd(t, "serve")
+			require.Error(t, err)
+			require.Contains(t, stderr, "CKA_VALUE_LEN")
+			require.Contains(t, stderr, "take custody (and resident.only) out of the configuration")
+		}
 		require.Equal(t, status != 0, strings.Contains(fmt.Sprint(d.Problems), "custody: resident asks for what the token has not"))
+	})
+	t.Run("sizes of pairs", func(t *testing.T) {
+		s.write(t, "keyferryd.yaml", strings.Replace(string(pinned), "access_keys:", "wrapping_pairs: {specs: [RSA_3072]}\naccess_keys:", 1))
+		d, text := s.doctor(t, 0)
+		for _, w := range d.Wrapping {
+			require.False(t, w.Offered && w.Spec != hsm.RSA3072, w.Spec)
+			require.True(t, w.Offered || w.Spec != hsm.RSA3072 || w.Algorithm != hsm.OAEPSHA1)
+		}
+		require.Contains(t, text, "the token could; RSA_2048 is not in wrapping_pairs.specs")
 	})
 	t.Run("superfluous exception", func(t *testing.T) {
 		s.write(t, "keyferryd.yaml", strings.Replace(string(pinned), "label: site", "label: site\n  accept: [copyable-ignored]", 1))

@@ -79,8 +79,8 @@ func (d *diagnosis) tables(out *bytes.Buffer) {
 	}
 	_ = table.Flush()
 	but := ""
-	if slices.ContainsFunc(d.Holes, func(h hole) bool { return h.State != "closed" }) {
-		but = ", unless by a hole below that is open or unknown"
+	if slices.ContainsFunc(d.Holes, func(h hole) bool { return h.State != "closed" && h.State != "patched" }) {
+		but = ", unless by a hole below that is open, listed or unknown"
 	}
 	_, _ = fmt.Fprintf(out, "\nWhat holds on it%s\n", but)
 	for _, g := range d.Guarantees {
@@ -99,7 +99,7 @@ func (d *diagnosis) tables(out *bytes.Buffer) {
 			_, _ = fmt.Fprintf(out, "  %s (%s): %s\n", e.Name, state, e.Loses)
 		}
 	}
-	_, _ = fmt.Fprintf(out, "\nHoles of SoftHSM2\n")
+	_, _ = fmt.Fprintf(out, "\nHoles of SoftHSM2: open or closed as tried here; listed or patched as its library says\n")
 	for _, h := range d.Holes {
 		_, _ = fmt.Fprintf(out, "  %-7s  %s  %s\n", h.State, h.ID, h.Limit)
 	}

@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 
@@ -16,6 +17,7 @@ import (
 	"github.com/keyferry/keyferry/engine/kmsapi"
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/hsm"
+	"github.com/keyferry/keyferry/softhsm"
 )
 
 // service is everything of a server but its port.
@@ -75,7 +77,7 @@ func openService(ctx context.Context, cfg *config, log *slog.Logger) (_ *service
 		engineConfig.Observer = s.metrics
 	}
 	if s.engine, err = engine.New(ctx, engineConfig); err != nil {
-		return nil, err
+		return nil, custodyAdvice(err, cfg)
 	}
 	apiConfig := kmsapi.Config{
 		Engine: s.engine, Nonces: s.store, Logger: log,
@@ -149,10 +151,42 @@ func tokenAdvice(err error, cfg *config) error {
 		return fmt.Errorf("%w: put the right PIN into %s (it was tried once and will not be tried again)", err, cfg.Token.UserPINFile)
 	case errors.Is(err, hsm.ErrUntrusted):
 		return fmt.Errorf("%w: check that token.module, token.label and token.pins name the token that %q was run on", err, "keyferryd init")
+	case errors.Is(err, hsm.ErrUnavailable) && softHSMConf(cfg) != "":
+		return fmt.Errorf("%w: %s", err, softHSMConf(cfg))
 	case errors.Is(err, hsm.ErrUnavailable):
 		return fmt.Errorf("%w: check token.module, token.label and token.environment, or make the token with %q", err, "keyferryd init --init-token")
 	}
 	return err
+}
+
+// custodyAdvice adds what to do where the token cannot keep what custody asks for.
+func custodyAdvice(err error, cfg *config) error {
+	if cfg.custody() != hsm.Resident || !errors.Is(err, engine.UnsupportedOp) {
+		return err
+	}
+	return fmt.Errorf("custody: resident asks for what the token has not: %w: take custody (and resident.only) out of the configuration, or use another token; %q says what this one can do",
+		err, "keyferryd doctor")
+}
+
+// softHSMConf says what is wrong with the configuration file of SoftHSM2, which
+// itself answers no more than CKR_GENERAL_ERROR, or that it has no token. It is
+// empty for other modules, and where the file can be read.
+func softHSMConf(cfg *config) string {
+	if !strings.Contains(filepath.Base(cfg.Token.Module), "softhsm") {
+		return ""
+	}
+	const write = "name the right one in the configuration: token: {environment: {" + softhsm.ConfEnv + ": /path/of/softhsm2.conf}}"
+	path := os.Getenv(softhsm.ConfEnv)
+	if path == "" {
+		return "SoftHSM2 looks for its configuration where its package has it, because " + softhsm.ConfEnv + " is not set; " + write +
+			", or make the token there with \"keyferryd init --init-token\""
+	}
+	file, err := os.Open(path)
+	if err != nil {
+		return fmt.Sprintf("SoftHSM2 cannot read the configuration that %s names (%v); %s", softhsm.ConfEnv, err, write)
+	}
+	_ = file.Close()
+	return ""
 }
 
 // acceptance is what to write into a configuration to accept exceptions beside

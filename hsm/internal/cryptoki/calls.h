@@ -30,6 +30,13 @@ typedef struct { void *create, *destroy, *lock, *unlock; ck_ulong flags; void *r
 
 typedef struct { ck_byte major, minor; } ck_version;
 typedef struct {
+	ck_version cryptoki;
+	ck_byte manufacturer[32];
+	ck_ulong flags;
+	ck_byte description[32];
+	ck_version version;
+} ck_info;
+typedef struct {
 	ck_byte label[32], manufacturer[32], model[16], serial[16];
 	ck_ulong flags, max_sessions, sessions, max_rw_sessions, rw_sessions, max_pin, min_pin, total_public, free_public,
 	    total_private, free_private;
@@ -108,6 +115,7 @@ static ck_rv kf_initialize(ck_functions *f, char *reserved) {
 	return f->Initialize(&args);
 }
 static ck_rv kf_finalize(ck_functions *f) { return f->Finalize(NULL); }
+static ck_rv kf_info(ck_functions *f, ck_info *out) { return f->GetInfo(out); }
 // kf_slots lists at most *n slots with a token in them.
 static ck_rv kf_slots(ck_functions *f, ck_ulong *out, ck_ulong *n) { return f->GetSlotList((ck_byte)1, out, n); }
 static ck_rv kf_token_info(ck_functions *f, ck_ulong slot, ck_token_info *out) { return f->GetTokenInfo(slot, out); }

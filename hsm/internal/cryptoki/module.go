@@ -146,6 +146,21 @@ func (m *Module) finalize() error {
 	return m.direct("C_Finalize", func() C.ck_rv { return C.kf_finalize(m.f) }).err()
 }
 
+// Library is what C_GetInfo says of the module.
+type Library struct {
+	Manufacturer, Description string
+	Major, Minor              int
+}
+
+// Library asks the module for itself.
+func (m *Module) Library() (Library, error) {
+	var info C.ck_info
+	if err := m.direct("C_GetInfo", func() C.ck_rv { return C.kf_info(m.f, &info) }).err(); err != nil {
+		return Library{}, err
+	}
+	return Library{trim(info.manufacturer[:]), trim(info.description[:]), int(info.version.major), int(info.version.minor)}, nil
+}
+
 // Token is what C_GetTokenInfo says of the token in a slot.
 type Token struct {
 	Slot                        uint
