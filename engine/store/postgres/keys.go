@@ -65,12 +65,10 @@ func due(k *store.Key) time.Time {
 	return at
 }
 
-// collectKeys scans rows of keyColumns.
-func collectKeys(rows pgx.Rows) ([]store.Key, error) {
-	return pgx.AppendRows([]store.Key(nil), rows, func(row pgx.CollectableRow) (key store.Key, err error) {
-		err = row.Scan(keyTargets(&key)...)
-		return key, err
-	})
+// collectKey scans keyColumns.
+func collectKey(row pgx.CollectableRow) (key store.Key, err error) {
+	err = row.Scan(keyTargets(&key)...)
+	return key, err
 }
 
 // CreateKey implements store.Store.
@@ -210,13 +208,6 @@ func unchanged(ctx context.Context, c querier, keyID string, b *store.Budget) er
 }
 
 // DueKeys implements store.Store.
-func (s *Store) DueKeys(ctx context.Context, now time.Time, limit int) (keys []store.Key, err error) {
-	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
-		rows, err := c.Query(ctx, dueKeysQuery, now.Unix(), max(limit, 0))
-		if err == nil {
-			keys, err = collectKeys(rows)
-		}
-		return err
-	})
-	return keys, err
+func (s *Store) DueKeys(ctx context.Context, now time.Time, limit int) ([]store.Key, error) {
+	return rowsOf(ctx, s, collectKey, dueKeysQuery, now.Unix(), max(limit, 0))
 }

@@ -30,7 +30,7 @@ func (s *Store) ListKeys(ctx context.Context, filter store.KeyFilter, offset, li
 		}
 		rows, err := tx.Query(ctx, page, append(slices.Clip(args), limit, max(offset, 0))...)
 		if err == nil {
-			keys, err = collectKeys(rows)
+			keys, err = pgx.AppendRows([]store.Key(nil), rows, collectKey)
 		}
 		return err
 	})

@@ -50,39 +50,19 @@ func (s *Store) AddPair(ctx context.Context, pair store.Pair) error {
 }
 
 // Pairs implements store.Store.
-func (s *Store) Pairs(ctx context.Context, due time.Time, limit int) (pairs []store.Pair, err error) {
-	query, args := pairsQuery, []any(nil)
-	if !due.IsZero() {
-		query, args = duePairsQuery, []any{due.Unix(), max(limit, 0)}
-	}
-	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
-		rows, err := c.Query(ctx, query, args...)
-		if err != nil {
-			return err
-		}
-		pairs, err = pgx.AppendRows([]store.Pair(nil), rows, func(row pgx.CollectableRow) (p store.Pair, err error) {
-			err = row.Scan(pairTargets(&p)...)
-			return p, err
-		})
-		return err
-	})
-	return pairs, err
+func (s *Store) Pairs(ctx context.Context, due time.Time, limit int) ([]store.Pair, error) {
+	return dueOf(ctx, s, func(row pgx.CollectableRow) (p store.Pair, err error) {
+		err = row.Scan(pairTargets(&p)...)
+		return p, err
+	}, pairsQuery, duePairsQuery, due, limit)
 }
 
 // PairCounts implements store.Store.
-func (s *Store) PairCounts(ctx context.Context, now time.Time) (counts []store.PairCount, err error) {
-	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
-		rows, err := c.Query(ctx, pairCountsQuery, now.Unix())
-		if err != nil {
-			return err
-		}
-		counts, err = pgx.AppendRows([]store.PairCount(nil), rows, func(row pgx.CollectableRow) (p store.PairCount, err error) {
-			err = row.Scan(&p.Spec, &p.Algorithm, &p.Ready, &p.Bound, (*instant)(&p.LastBoundAt))
-			return p, err
-		})
-		return err
-	})
-	return counts, err
+func (s *Store) PairCounts(ctx context.Context, now time.Time) ([]store.PairCount, error) {
+	return rowsOf(ctx, s, func(row pgx.CollectableRow) (p store.PairCount, err error) {
+		err = row.Scan(&p.Spec, &p.Algorithm, &p.Ready, &p.Bound, (*instant)(&p.LastBoundAt))
+		return p, err
+	}, pairCountsQuery, now.Unix())
 }
 
 // RetirePair implements store.Store.

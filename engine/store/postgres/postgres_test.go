@@ -19,13 +19,7 @@ import (
 // TestMain runs this binary as one of its own children if the environment
 // says which, and else the tests, after which no goroutine may be left.
 func TestMain(m *testing.M) {
-	if name := os.Getenv(childEnv); name != "" {
-		if err := children[name](os.Getenv(dsnEnv)); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		os.Exit(0)
-	}
+	children.Main()
 	code := m.Run()
 	if err := stopShared(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

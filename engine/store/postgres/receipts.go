@@ -55,9 +55,7 @@ func scanReceipt(row pgx.Row) (r store.Receipt, err error) {
 	return r, err
 }
 
-func collectReceipts(rows pgx.Rows) ([]store.Receipt, error) {
-	return pgx.AppendRows([]store.Receipt(nil), rows, func(row pgx.CollectableRow) (store.Receipt, error) { return scanReceipt(row) })
-}
+func collectReceipt(row pgx.CollectableRow) (store.Receipt, error) { return scanReceipt(row) }
 
 // Log implements store.Store.
 func (s *Store) Log(ctx context.Context) (log store.Log, err error) {
@@ -84,15 +82,8 @@ func (s *Store) LogReceipts(ctx context.Context, from int64, limit int) ([]store
 	return s.receipts(ctx, logReceiptsQuery, from, max(limit, 0))
 }
 
-func (s *Store) receipts(ctx context.Context, query string, args ...any) (list []store.Receipt, err error) {
-	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
-		rows, err := c.Query(ctx, query, args...)
-		if err == nil {
-			list, err = collectReceipts(rows)
-		}
-		return err
-	})
-	return list, err
+func (s *Store) receipts(ctx context.Context, query string, args ...any) ([]store.Receipt, error) {
+	return rowsOf(ctx, s, collectReceipt, query, args...)
 }
 
 // KeyReceipts implements store.Store.
@@ -103,7 +94,7 @@ func (s *Store) KeyReceipts(ctx context.Context, keyID string, offset, limit int
 		}
 		rows, err := tx.Query(ctx, keyReceiptsQuery, keyID, max(limit, 0), max(offset, 0))
 		if err == nil {
-			list, err = collectReceipts(rows)
+			list, err = pgx.AppendRows([]store.Receipt(nil), rows, collectReceipt)
 		}
 		return err
 	})
@@ -126,23 +117,15 @@ func (s *Store) ImportReceipt(ctx context.Context, keyID, requestID string) (r s
 }
 
 // LogTiles implements store.Store.
-func (s *Store) LogTiles(ctx context.Context, tiles []store.Tile) (list []store.Tile, err error) {
+func (s *Store) LogTiles(ctx context.Context, tiles []store.Tile) ([]store.Tile, error) {
 	levels, numbers := make([]int64, len(tiles)), make([]int64, len(tiles))
 	for i, t := range tiles {
 		levels[i], numbers[i] = int64(t.Level), t.N
 	}
-	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
-		rows, err := c.Query(ctx, tilesQuery, levels, numbers)
-		if err != nil {
-			return err
-		}
-		list, err = pgx.AppendRows([]store.Tile(nil), rows, func(row pgx.CollectableRow) (t store.Tile, err error) {
-			err = row.Scan(&t.Level, &t.N, &t.Hashes)
-			return t, err
-		})
-		return err
-	})
-	return list, err
+	return rowsOf(ctx, s, func(row pgx.CollectableRow) (t store.Tile, err error) {
+		err = row.Scan(&t.Level, &t.N, &t.Hashes)
+		return t, err
+	}, tilesQuery, levels, numbers)
 }
 
 // ExtendLog implements store.Store. The lock on the log's one row has those of

@@ -56,23 +56,11 @@ func (s *Store) AddResident(ctx context.Context, r store.Resident, limit int) er
 }
 
 // Residents implements store.Store.
-func (s *Store) Residents(ctx context.Context, due time.Time, limit int) (residents []store.Resident, err error) {
-	query, args := residentsQuery, []any(nil)
-	if !due.IsZero() {
-		query, args = dueResidentsQuery, []any{due.Unix(), max(limit, 0)}
-	}
-	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
-		rows, err := c.Query(ctx, query, args...)
-		if err != nil {
-			return err
-		}
-		residents, err = pgx.AppendRows([]store.Resident(nil), rows, func(row pgx.CollectableRow) (r store.Resident, err error) {
-			err = row.Scan(identifier(r.ID[:]), &r.KeyID, &r.Node, (*instant)(&r.Since), &r.State)
-			return r, err
-		})
-		return err
-	})
-	return residents, err
+func (s *Store) Residents(ctx context.Context, due time.Time, limit int) ([]store.Resident, error) {
+	return dueOf(ctx, s, func(row pgx.CollectableRow) (r store.Resident, err error) {
+		err = row.Scan(identifier(r.ID[:]), &r.KeyID, &r.Node, (*instant)(&r.Since), &r.State)
+		return r, err
+	}, residentsQuery, dueResidentsQuery, due, limit)
 }
 
 // CondemnResident implements store.Store.

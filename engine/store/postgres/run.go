@@ -116,3 +116,25 @@ func (s *Store) once(ctx context.Context, do func(context.Context, *pgxpool.Conn
 	}
 	return err
 }
+
+// rowsOf asks one question and scans every row of the answer.
+func rowsOf[T any](ctx context.Context, s *Store, scan func(pgx.CollectableRow) (T, error), query string, args ...any) (list []T, err error) {
+	err = s.read(ctx, func(ctx context.Context, c *pgxpool.Conn) error {
+		rows, err := c.Query(ctx, query, args...)
+		if err == nil {
+			list, err = pgx.AppendRows([]T(nil), rows, scan)
+		}
+		return err
+	})
+	return list, err
+}
+
+// dueOf is rowsOf of every row, or with due set of at most limit that are due.
+func dueOf[T any](
+	ctx context.Context, s *Store, scan func(pgx.CollectableRow) (T, error), all, some string, due time.Time, limit int,
+) ([]T, error) {
+	if due.IsZero() {
+		return rowsOf(ctx, s, scan, all)
+	}
+	return rowsOf(ctx, s, scan, some, due.Unix(), max(limit, 0))
+}

@@ -15,6 +15,7 @@ import (
 
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/engine/store/sqlite"
+	"github.com/keyferry/keyferry/engine/store/storetest"
 )
 
 func init() { children["full"] = fullChild }
@@ -97,7 +98,7 @@ func TestFull(t *testing.T) {
 // process whose limit it is.
 func TestDiskFull(t *testing.T) {
 	path := newPath(t)
-	cmd := child(t, "full", path)
+	cmd := storetest.Child(t, "full", path)
 	out, err := cmd.StdoutPipe()
 	require.NoError(t, err)
 	require.NoError(t, cmd.Start())

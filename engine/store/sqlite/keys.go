@@ -190,11 +190,6 @@ func unchanged(c *conn, keyID string) error {
 }
 
 // DueKeys implements store.Store.
-func (s *Store) DueKeys(ctx context.Context, now time.Time, limit int) (keys []store.Key, err error) {
-	err = s.read(ctx, func(c *conn) error {
-		return c.all(dueKeysQuery, func(row *cursor) {
-			keys = append(keys, row.key())
-		}, now.Unix(), int64(max(limit, 0)))
-	})
-	return keys, err
+func (s *Store) DueKeys(ctx context.Context, now time.Time, limit int) ([]store.Key, error) {
+	return rowsOf(ctx, s, (*cursor).key, dueKeysQuery, now.Unix(), int64(max(limit, 0)))
 }

@@ -14,6 +14,7 @@ import (
 
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/engine/store/sqlite"
+	"github.com/keyferry/keyferry/engine/store/storetest"
 )
 
 func init() { children["open"] = openChild }
@@ -111,7 +112,7 @@ func TestOpenForbidden(t *testing.T) {
 			require.NoError(t, os.Chmod(filepath.Dir(path), tt.dir))
 			require.NoError(t, os.Chmod(filepath.Dir(filepath.Dir(path)), 0o755))
 			t.Cleanup(func() { require.NoError(t, os.Chmod(filepath.Dir(path), 0o777)) })
-			cmd := child(t, "open", path)
+			cmd := storetest.Child(t, "open", path)
 			cmd.Dir = "/"
 			if os.Geteuid() == 0 { // nothing is forbidden to root
 				cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}}
@@ -138,14 +139,14 @@ func TestOneStorePerFile(t *testing.T) {
 		require.ErrorContains(t, err, "stop the other one first")
 	}
 	var stderr bytes.Buffer
-	cmd := child(t, "open", path)
+	cmd := storetest.Child(t, "open", path)
 	cmd.Stderr = &stderr
 	require.ErrorContains(t, cmd.Run(), "exit status 1", "another process")
 	require.Contains(t, stderr.String(), path+" is in use")
 
 	require.NoError(t, s.CreateKey(t.Context(), benchKey(1)), "the first is not disturbed")
 	require.NoError(t, s.Close())
-	require.NoError(t, child(t, "open", link).Run())
+	require.NoError(t, storetest.Child(t, "open", link).Run())
 	require.NoError(t, open(t, path).Close())
 }
 
@@ -201,8 +202,11 @@ func TestOpenCancelled(t *testing.T) {
 // TestFirstOpenCutShort has the disk fill up at every page of the first
 // migration. Open says so, and with room a later one goes on from there.
 func TestFirstOpenCutShort(t *testing.T) {
-	failed := 0
-	for pages := int64(1); ; pages += 3 {
+	failed, step := 0, int64(7)
+	if os.Getenv("KEYFERRY_SLOW") != "" {
+		step = 1
+	}
+	for pages := int64(1); ; pages += step {
 		path := newPath(t)
 		s, err := sqlite.Open(t.Context(), sqlite.Config{Path: path, MaxSize: pages * 4096})
 		if err == nil {

@@ -46,31 +46,15 @@ func (s *Store) AddPair(ctx context.Context, pair store.Pair) error {
 }
 
 // Pairs implements store.Store.
-func (s *Store) Pairs(ctx context.Context, due time.Time, limit int) (pairs []store.Pair, err error) {
-	collect := func(row *cursor) { pairs = append(pairs, row.pair()) }
-	err = s.read(ctx, func(c *conn) error {
-		if due.IsZero() {
-			return c.all(pairsQuery, collect)
-		}
-		return c.all(duePairsQuery, collect, due.Unix(), int64(max(limit, 0)))
-	})
-	return pairs, err
+func (s *Store) Pairs(ctx context.Context, due time.Time, limit int) ([]store.Pair, error) {
+	return dueOf(ctx, s, (*cursor).pair, pairsQuery, duePairsQuery, due, limit)
 }
 
 // PairCounts implements store.Store.
-func (s *Store) PairCounts(ctx context.Context, now time.Time) (counts []store.PairCount, err error) {
-	err = s.read(ctx, func(c *conn) error {
-		return c.all(pairCountsQuery, func(row *cursor) {
-			counts = append(counts, store.PairCount{
-				Spec:        row.text(),
-				Algorithm:   row.text(),
-				Ready:       int(row.integer()),
-				Bound:       int(row.integer()),
-				LastBoundAt: row.time(),
-			})
-		}, now.Unix())
-	})
-	return counts, err
+func (s *Store) PairCounts(ctx context.Context, now time.Time) ([]store.PairCount, error) {
+	return rowsOf(ctx, s, func(c *cursor) store.PairCount {
+		return store.PairCount{Spec: c.text(), Algorithm: c.text(), Ready: int(c.integer()), Bound: int(c.integer()), LastBoundAt: c.time()}
+	}, pairCountsQuery, now.Unix())
 }
 
 // RetirePair implements store.Store.

@@ -2,8 +2,10 @@ package sqlite
 
 import (
 	"context"
+	"database/sql/driver"
 	"errors"
 	"sync"
+	"time"
 )
 
 // readers is a pool of read-only connections. In WAL mode they see what is
@@ -80,4 +82,20 @@ func (r *readers) drain(n int) error {
 		errs = append(errs, (<-r.idle).close())
 	}
 	return errors.Join(errs...)
+}
+
+// rowsOf asks one question and reads every row of the answer.
+func rowsOf[T any](ctx context.Context, s *Store, scan func(*cursor) T, q *query, args ...driver.Value) (list []T, err error) {
+	err = s.read(ctx, func(c *conn) error {
+		return c.all(q, func(row *cursor) { list = append(list, scan(row)) }, args...)
+	})
+	return list, err
+}
+
+// dueOf is rowsOf of every row, or with due set of at most limit that are due.
+func dueOf[T any](ctx context.Context, s *Store, scan func(*cursor) T, all, some *query, due time.Time, limit int) ([]T, error) {
+	if due.IsZero() {
+		return rowsOf(ctx, s, scan, all)
+	}
+	return rowsOf(ctx, s, scan, some, due.Unix(), int64(max(limit, 0)))
 }

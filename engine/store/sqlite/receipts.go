@@ -92,11 +92,8 @@ func (s *Store) LogReceipts(ctx context.Context, from int64, limit int) ([]store
 	return s.receipts(ctx, logReceiptsQuery, from, int64(max(limit, 0)))
 }
 
-func (s *Store) receipts(ctx context.Context, q *query, args ...driver.Value) (list []store.Receipt, err error) {
-	err = s.read(ctx, func(c *conn) error {
-		return c.all(q, func(row *cursor) { list = append(list, row.receipt()) }, args...)
-	})
-	return list, err
+func (s *Store) receipts(ctx context.Context, q *query, args ...driver.Value) ([]store.Receipt, error) {
+	return rowsOf(ctx, s, (*cursor).receipt, q, args...)
 }
 
 // KeyReceipts implements store.Store.

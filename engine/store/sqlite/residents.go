@@ -64,20 +64,12 @@ func (s *Store) AddResident(ctx context.Context, r store.Resident, limit int) er
 }
 
 // Residents implements store.Store.
-func (s *Store) Residents(ctx context.Context, due time.Time, limit int) (residents []store.Resident, err error) {
-	collect := func(row *cursor) {
-		var r store.Resident
-		row.id(r.ID[:])
-		r.KeyID, r.Node, r.Since, r.State = row.text(), row.text(), row.time(), store.ResidentState(row.integer())
-		residents = append(residents, r)
-	}
-	err = s.read(ctx, func(c *conn) error {
-		if due.IsZero() {
-			return c.all(residentsQuery, collect)
-		}
-		return c.all(dueResidentsQuery, collect, due.Unix(), int64(max(limit, 0)))
-	})
-	return residents, err
+func (s *Store) Residents(ctx context.Context, due time.Time, limit int) ([]store.Resident, error) {
+	return dueOf(ctx, s, func(c *cursor) (r store.Resident) {
+		c.id(r.ID[:])
+		r.KeyID, r.Node, r.Since, r.State = c.text(), c.text(), c.time(), store.ResidentState(c.integer())
+		return r
+	}, residentsQuery, dueResidentsQuery, due, limit)
 }
 
 // CondemnResident implements store.Store.

@@ -83,7 +83,7 @@ func testListKeysFollowsChanges(t *testing.T, s store.Store) {
 	specs := []string{"Aliyun_AES_256", "Aliyun_SM4"}
 	rng := rand.New(rand.NewPCG(3, 4))
 	var keys []store.Key
-	for n := range 120 {
+	for n := range 40 {
 		switch op := rng.IntN(4); {
 		case op == 0 && len(keys) > 0:
 			i := rng.IntN(len(keys))
@@ -118,7 +118,7 @@ func testListOneMoment(t *testing.T, s store.Store) {
 	written := make(chan error, 1)
 	go func() {
 		defer close(written)
-		for n := range 300 {
+		for n := range 120 {
 			err := s.CreateKey(ctx, newKey(n))
 			if err == nil && n%3 == 0 {
 				err = s.DeleteKey(ctx, store.Deletion{KeyID: newKey(n / 2).KeyID, Revision: 1})

@@ -71,6 +71,7 @@ func Run(t *testing.T, open func(t *testing.T) store.Store) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel() // much of it is waiting for the disk
 			s := open(t)
 			t.Cleanup(func() { require.NoError(t, s.Close()) })
 			tt.test(t, s)
