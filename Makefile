@@ -68,12 +68,21 @@ test-asan: deps ## give our SoftHSM2, under AddressSanitizer, damaged blobs and 
 test-container: ## run the tests in a container, then keyferryd in one against SDKs outside
 	softhsm/test-container.sh
 
+.PHONY: soak
+soak: export KEYFERRY_SOAK ?= 30m
+soak: deps ## load a server with everything at once for KEYFERRY_SOAK (30m) and see that nothing grows
+	$(GO) test -count=1 -v -run '^TestSoak$$' -timeout 0 ./cmd/keyferryd
+
 .PHONY: bench
 bench: deps ## measure the engine, the token and the store beside bare calls
 	$(GO) test -run '^$$' -bench . -benchtime 4s -timeout 30m ./engine
 	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/store/...
 	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/acs
 	$(GO) test -run '^$$' -bench . -benchtime 10x -timeout 30m ./cmd/keyferryd
+
+.PHONY: bench-crowd
+bench-crowd: deps ## compare a million CMKs with a thousand (takes minutes; crowd=N for another number)
+	KEYFERRY_CROWD=$(or $(crowd),1000000) $(GO) test -run '^$$' -bench Crowd -benchtime 1x -v -timeout 60m ./cmd/keyferryd
 
 # The tools of "make lint", each built once and kept by its version.
 tools := $(CURDIR)/build/tools

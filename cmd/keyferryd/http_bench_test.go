@@ -287,6 +287,7 @@ func (l *leanConn) answer() error {
 type wireKeys struct {
 	ids              []string
 	imports, encrypt []leanRequest
+	raw              []map[string]string // parameters of the imports
 }
 
 // benchKeys is how many CMKs the benchmarks go over.
@@ -299,7 +300,7 @@ var plaintextOf = base64.StdEncoding.EncodeToString(bytes.Repeat([]byte("keyferr
 func newWireKeys(b testing.TB, s *benchServer, n int) *wireKeys {
 	b.Helper()
 	ctx := context.Background()
-	k := &wireKeys{ids: make([]string, n), imports: make([]leanRequest, n), encrypt: make([]leanRequest, n)}
+	k := &wireKeys{ids: make([]string, n), imports: make([]leanRequest, n), encrypt: make([]leanRequest, n), raw: make([]map[string]string, n)}
 	material := randomMaterial(32)
 	var wrappings sync.Map // by public key
 	work := make(chan int)
@@ -348,7 +349,7 @@ func (k *wireKeys) make(ctx context.Context, c *client, i int, material []byte, 
 		wrapped, _ = wrappings.LoadOrStore(p.PublicKey, base64.StdEncoding.EncodeToString(blob))
 	}
 	params := map[string]string{"KeyId": id, "EncryptedKeyMaterial": wrapped.(string), "ImportToken": p.ImportToken}
-	k.ids[i] = id
+	k.ids[i], k.raw[i] = id, params
 	k.imports[i] = newLeanRequest("ImportKeyMaterial", params)
 	k.encrypt[i] = newLeanRequest("Encrypt", map[string]string{"KeyId": id, "Plaintext": plaintextOf})
 	return c.call(ctx, "ImportKeyMaterial", params, nil)
