@@ -73,7 +73,7 @@ func BenchmarkCrowd(b *testing.B) {
 	b.Run("server", func(b *testing.B) {
 		start := time.Now()
 		s := reopenBenchServer(b, dir)
-		_, err := stateOf(ctx, s.client, many.KeyID(n-1))
+		_, err := describedState(ctx, s.client, many.KeyID(n-1))
 		require.NoError(b, err)
 		answered := time.Since(start)
 		var requests []leanRequest
@@ -108,8 +108,8 @@ func compareCrowds(ctx context.Context, b *testing.B, table *enginebench.Table, 
 	table.Rows = append(table.Rows, row)
 }
 
-// stateOf is the state of a key.
-func stateOf(ctx context.Context, c *client, keyID string) (string, error) {
+// describedState is the state of a key.
+func describedState(ctx context.Context, c *client, keyID string) (string, error) {
 	var answer struct{ KeyMetadata keyState }
 	err := c.call(ctx, "DescribeKey", map[string]string{"KeyId": keyID}, &answer)
 	return answer.KeyMetadata.KeyState, err
