@@ -211,23 +211,11 @@ func (c *canonical) signsAll(r *http.Request) bool {
 		if len(name) < len(headerPrefix) || !strings.EqualFold(name[:len(headerPrefix)], headerPrefix) {
 			continue
 		}
-		var lower [64]byte // of most names; no string is made of it to look it up
-		if len(name) > len(lower) {
-			if !signs(strings.ToLower(name)) {
-				return false
-			}
-			continue
+		lower, known := lowers[name]
+		if !known {
+			lower = strings.ToLower(name)
 		}
-		for i := range len(name) {
-			lower[i] = name[i]
-			if 'A' <= name[i] && name[i] <= 'Z' {
-				lower[i] += 'a' - 'A'
-			}
-		}
-		_, ok := slices.BinarySearchFunc(c.headers, lower[:len(name)], func(header string, name []byte) int {
-			return strings.Compare(header, string(name))
-		})
-		if !ok {
+		if !signs(lower) {
 			return false
 		}
 	}

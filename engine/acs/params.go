@@ -155,16 +155,17 @@ func one(h http.Header, name string) (string, error) {
 	}
 }
 
-// keys are the headers of the protocol as http.Header has them, which would
-// else be computed for each request.
-var keys = func() map[string]string {
-	m := map[string]string{}
+// keys are the headers of the protocol as http.Header has them, and lowers the
+// other way round: both would else be computed for each request.
+var keys, lowers = func() (keys, lowers map[string]string) {
+	keys, lowers = map[string]string{}, map[string]string{}
 	for _, name := range []string{
 		headerAuthorization, headerHost, headerType, headerAction, headerVersion, headerDate, headerNonce, headerHash, headerAccessKey,
 	} {
-		m[name] = textproto.CanonicalMIMEHeaderKey(name)
+		key := textproto.CanonicalMIMEHeaderKey(name)
+		keys[name], lowers[key] = key, name
 	}
-	return m
+	return keys, lowers
 }()
 
 func valuesOf(h http.Header, name string) []string {

@@ -91,7 +91,8 @@ func (in *input) refuseUnsupported() {
 		}
 	}
 	for name := range in.values {
-		if strings.HasPrefix(strings.ToLower(name), "expect") && !slices.Contains(expectations, name) {
+		const prefix = "expect"
+		if len(name) >= len(prefix) && strings.EqualFold(name[:len(prefix)], prefix) && !slices.Contains(expectations, name) {
 			in.fail(invalid(name, "the expectations are %s", strings.Join(expectations, " and ")))
 		}
 	}
