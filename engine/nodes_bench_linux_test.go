@@ -35,7 +35,8 @@ import (
 // same cores as they have, so that the one process has no help that the two do
 // not have. They take turns in short slices.
 //
-// The processor time is that of the processes, and the database's beside it.
+// The processor time is that of the processes, and the database's beside it. The
+// rates are of a machine that does nothing else if busy is nearly 1.
 func BenchmarkNodes(b *testing.B) {
 	var cores unix.CPUSet
 	require.NoError(b, unix.SchedGetaffinity(0, &cores))
@@ -83,6 +84,8 @@ func benchmarkNodes(b *testing.B, cores []int, callers int) enginebench.Row {
 		{Name: "one/s", Value: one.perSecond()},
 		{Name: "two/s", Value: two.perSecond()},
 		{Name: "ratio", Value: two.perSecond() / one.perSecond()},
+		{Name: "one-busy", Value: one.busy(1)},
+		{Name: "two-busy", Value: two.busy(2)},
 		{Name: "one-cpu-µs", Value: one.each(one.cpu)},
 		{Name: "two-cpu-µs", Value: two.each(two.cpu)},
 		{Name: "cpu-ratio", Value: two.each(two.cpu) / one.each(one.cpu)},
@@ -102,6 +105,12 @@ func (t *nodesTally) perSecond() float64 { return float64(t.n) / t.wall.Seconds(
 // each is a time of one import, in microseconds.
 func (t *nodesTally) each(d time.Duration) float64 {
 	return float64(d) / float64(time.Microsecond) / float64(t.n)
+}
+
+// busy is how much of so many cores they and the database had. What they had not
+// they waited for, or someone else had it.
+func (t *nodesTally) busy(cores int) float64 {
+	return float64(t.cpu+t.database) / float64(t.wall) / float64(cores)
 }
 
 // run has processes import for a slice.
