@@ -45,7 +45,9 @@ import (
 	"github.com/keyferry/keyferry/hsm"
 )
 
-// Config says what an Engine works with. Token and Store are required.
+// Config says what an Engine works with. Token and Store are required. A Store
+// that is not Shared is for one Engine: of two on it each would count for itself
+// what is to be bounded over both.
 type Config struct {
 	Token  *hsm.Token
 	Store  store.Store

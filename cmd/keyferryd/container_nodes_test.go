@@ -198,7 +198,7 @@ type user struct {
 	owner *customer
 
 	mu    sync.Mutex
-	last  time.Time // when the last use was answered
+	last  time.Time // when the last use was asked for that was granted
 	codes chan string
 }
 
@@ -223,10 +223,13 @@ func newUser(t *testing.T, owners, users *box) *user {
 
 func (u *user) use(ctx context.Context, c *client) {
 	for ctx.Err() == nil {
+		sent := time.Now()
 		err := c.call(ctx, "Encrypt", map[string]string{"KeyId": u.owner.keyID, "Plaintext": "YQ=="}, nil)
 		if err == nil {
 			u.mu.Lock()
-			u.last = time.Now()
+			if sent.After(u.last) {
+				u.last = sent
+			}
 			u.mu.Unlock()
 		}
 		if err == nil || codeOf(err) != "" {
