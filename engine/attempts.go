@@ -17,7 +17,8 @@ import "sync"
 // before it is answered, and an import is committed only while the count is
 // below the budget (store.Budget). So of all that nodes have under way beyond
 // the budget, good or bad, nobody learns anything: each gets the answer that the
-// import token is invalid, at the same times.
+// import token is invalid, at the same times. And there is little of it: each node
+// has under way at most an eighth of what the store has left, or one.
 type attempts struct {
 	mu      sync.Mutex
 	running map[[16]byte]*running

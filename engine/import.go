@@ -140,7 +140,7 @@ func (e *Engine) admit(ctx context.Context, in *ImportInput) (*admitted, error) 
 			e.attempts.end(token.id)
 			return nil, err
 		}
-		if failures+n <= e.failureBudget {
+		if e.attemptsAllowed(failures) >= n {
 			return a, nil
 		}
 		// Those under way may yet use up what is left of the budget.
@@ -152,6 +152,16 @@ func (e *Engine) admit(ctx context.Context, in *ImportInput) (*admitted, error) 
 			}
 		}
 	}
+}
+
+// attemptsAllowed is how many imports with one import token may be under way at
+// once. One may always be: whether the token is used up was judged before.
+func (e *Engine) attemptsAllowed(failures int) int {
+	left := e.failureBudget - failures
+	if e.store.Shared() {
+		left = (left + 7) / 8
+	}
+	return max(left, 1)
 }
 
 // judge reads CMK and import token as of one moment and refuses what either

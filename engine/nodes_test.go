@@ -522,6 +522,83 @@ func TestNodesShareTheFailureBudget(t *testing.T) {
 	require.NoError(t, err, "another import token has its own budget")
 }
 
+// The server of the database is killed under load, and comes back. Nobody uses a
+// key while it cannot be asked for longer than the node believes what it has
+// read, nothing that was answered is lost, and both nodes go on by themselves.
+func TestNodesOutliveTheirServer(t *testing.T) {
+	server, err := pgtest.Start() // it forces its writes to the disk
+	pgtest.Need(t, err)
+	t.Cleanup(func() { require.NoError(t, server.Stop()) })
+	name, err := server.Database(t.Context())
+	require.NoError(t, err)
+	nodes := newNodes(t, server.DSN(name), 2)
+	keyID := nodes[0].newKey(t)
+	_, err = nodes[0].ImportKeyMaterial(t.Context(), nodes[0].importRequest(t, keyID, randomBytes(32)))
+	require.NoError(t, err)
+
+	// Each customer imports with an expiry that grows.
+	const customers = 4
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	var working sync.WaitGroup
+	acknowledged, own := make([]atomic.Int64, customers), make([]string, customers)
+	answered := make(chan struct{}, 1)
+	failed := make(chan error, customers)
+	for i := range customers {
+		n := nodes[i%2]
+		own[i] = n.newKey(t)
+		in := n.importRequest(t, own[i], randomBytes(32))
+		working.Go(func() {
+			for expire := time.Now().Add(time.Hour).Truncate(time.Second); ctx.Err() == nil; expire = expire.Add(time.Second) {
+				in.ExpireAt = expire
+				_, err := n.ImportKeyMaterial(ctx, in)
+				if err == nil {
+					acknowledged[i].Store(expire.Unix())
+					select {
+					case answered <- struct{}{}:
+					default:
+					}
+				} else if !errors.Is(err, engine.Unavailable) {
+					failed <- err
+					return
+				}
+			}
+		})
+	}
+	served := func() {
+		for range 3 * customers {
+			select {
+			case <-answered:
+			case err := <-failed:
+				require.NoError(t, err)
+			case <-time.After(time.Minute):
+				t.Fatal("nobody is served")
+			}
+		}
+	}
+	served()
+	require.NoError(t, server.Kill())
+	killed := time.Now()
+	for _, n := range nodes {
+		for n.encrypts(keyID) == nil {
+			require.Less(t, time.Since(killed), time.Second)
+		}
+		require.ErrorIs(t, n.encrypts(keyID), engine.Unavailable)
+	}
+	require.NoError(t, server.Restart())
+	served()
+	stop()
+	working.Wait()
+	for _, n := range nodes {
+		require.NoError(t, n.encrypts(keyID))
+		for i := range customers {
+			key, err := n.DescribeKey(t.Context(), own[i])
+			require.NoError(t, err)
+			require.GreaterOrEqual(t, key.ExpireAt.Unix(), acknowledged[i].Load(), "an import that was answered is lost")
+		}
+	}
+}
+
 // held is a store that commits no change of a key until it may.
 type held struct {
 	store.Store
