@@ -215,11 +215,19 @@ func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 // quote leaves a plain word as it is.
 func quote(s string) string {
-	special := func(r rune) bool { return r <= ' ' || r > '~' || r == '"' || r == '\\' }
-	if s == "" || strings.ContainsFunc(s, special) {
+	if !plain(s) {
 		return strings.ReplaceAll(strconv.QuoteToASCII(s), " ", `\x20`)
 	}
 	return s
+}
+
+func plain(s string) bool {
+	for i := range len(s) { // by bytes: those of other characters than ASCII's are greater
+		if c := s[i]; c <= ' ' || c > '~' || c == '"' || c == '\\' {
+			return false
+		}
+	}
+	return s != ""
 }
 
 func unquote(s string) (string, error) {
