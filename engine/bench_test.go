@@ -26,6 +26,9 @@ func BenchmarkEngine(b *testing.B) {
 	require.NoError(b, err)
 	b.Cleanup(func() { require.NoError(b, bench.Close()) })
 
+	if err := bench.Keeps(); err != nil {
+		b.Logf("custody is not compared: %v", err)
+	}
 	var tables []*enginebench.Table
 	for _, suite := range append(bench.Suites(), bench.CustodySuites()...) {
 		b.Run(suite.Name, func(b *testing.B) {

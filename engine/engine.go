@@ -152,6 +152,8 @@ type Engine struct {
 	extending  chan struct{}              // held while the log is extended, and for strangers
 	strangers  map[[sha256.Size]byte]bool // pending entries that are not ours
 	headAt     time.Time                  // when the sweep last signed a head; the sweep's own
+	entered    atomic.Int64               // entries of this Engine since then
+	headAfter  int64                      // so many of them do not wait; logBatch
 	headMu     sync.Mutex
 	lastHead   receipt.Head // the longest that was seen; guarded by headMu
 
@@ -238,7 +240,7 @@ func New(ctx context.Context, cfg Config) (*Engine, error) {
 		e.specs = DefaultPairSpecs()
 	}
 	e.offers = offersOf(e.token, e.specs)
-	e.headAt = e.second()
+	e.headAt, e.headAfter = e.second(), logBatch
 	if err := e.findReceiptKey(ctx); err != nil {
 		return nil, err
 	}

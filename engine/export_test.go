@@ -40,6 +40,10 @@ func (e *Engine) SetUsageLimits(budget, ahead uint64) {
 	e.usage.budget, e.usage.ahead, e.usage.lost = budget, ahead, ahead
 }
 
+// SetHeadAfter replaces how many entries of the log of receipts do not wait for
+// a head.
+func (e *Engine) SetHeadAfter(n int64) { e.headAfter = n }
+
 // OpenKeys is how many keys the cache holds open.
 func (e *Engine) OpenKeys() int {
 	e.cache.mu.Lock()

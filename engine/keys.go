@@ -248,6 +248,9 @@ func (e *Engine) commitUpdate(ctx context.Context, row store.Key, update store.U
 		e.cache.drop(row.KeyID, row.KeyVersionID, changeWait)
 		return err
 	})
+	if err == nil && entry != nil {
+		e.entered.Add(1)
+	}
 	switch {
 	case err == nil, errors.Is(err, store.ErrConflict):
 		return err

@@ -170,11 +170,14 @@ func (t *tiles) ReadTiles(wanted []tlog.Tile) ([][]byte, error) {
 	return out, nil
 }
 
-// sweepLog signs a head over the entries that have waited long enough for one.
+// sweepLog signs a head over the entries that have waited long enough for one, or
+// are many: while they are young, their MACs are remembered and the token is not
+// asked for each of them again.
 func (e *Engine) sweepLog(ctx context.Context, now time.Time) error {
-	if e.receiptKey == nil || now.Sub(e.headAt) < headInterval {
+	if e.receiptKey == nil || now.Sub(e.headAt) < headInterval && e.entered.Load() < e.headAfter {
 		return nil
 	}
+	e.entered.Store(0)
 	if err := e.extendLog(ctx); err != nil {
 		return err
 	}

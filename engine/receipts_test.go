@@ -171,8 +171,8 @@ func TestReceiptsOfDeletions(t *testing.T) {
 	require.EqualValues(t, 3, report.Imports)
 }
 
-// Heads are signed by the sweep once a minute if there is something to sign, and
-// at the end; never by an import.
+// Heads are signed by the sweep once a minute if there is something to sign, sooner
+// if there is much, and at the end; never by an import.
 func TestHeadsAreSignedInBatches(t *testing.T) {
 	h := newHouse(t)
 	log := func() store.Log {
@@ -191,9 +191,16 @@ func TestHeadsAreSignedInBatches(t *testing.T) {
 	h.clock.advance(time.Hour)
 	require.NoError(t, h.Sweep(t.Context()))
 	require.Equal(t, before, log(), "nothing new, nothing signed")
+	h.SetHeadAfter(2)
+	h.importInto(t, keyID, material)
+	require.NoError(t, h.Sweep(t.Context()))
+	require.Equal(t, before, log(), "not many yet")
+	h.importInto(t, keyID, material)
+	require.NoError(t, h.Sweep(t.Context()))
+	require.EqualValues(t, 4, log().Size, "many")
 	h.importInto(t, keyID, material)
 	h.reopen(t)
-	require.EqualValues(t, 3, log().Size, "signed at the end")
+	require.EqualValues(t, 5, log().Size, "signed at the end")
 	_, err := h.verifyLog(t)
 	require.NoError(t, err)
 }
