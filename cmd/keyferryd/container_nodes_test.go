@@ -21,6 +21,7 @@ import (
 // answered is lost, and what is deleted is not used for longer than a second,
 // wherever.
 func TestContainerNodes(t *testing.T) {
+	t.Parallel()
 	one := newBox(t, "compose.yaml", "compose.nodes.yaml")
 	two := one.at("keyferryd-2")
 	one.compose(t, "up", "-d")

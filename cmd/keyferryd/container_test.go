@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"encoding/base64"
 	"errors"
+	"os"
 	"os/exec"
 	"slices"
 	"strings"
@@ -25,6 +26,7 @@ import (
 // that softhsm/test-container.sh built, and uses it from outside with Alibaba
 // Cloud's clients, before and after it is killed.
 func TestContainer(t *testing.T) {
+	t.Parallel() // both wait for containers most of the time
 	b := newBox(t, "compose.yaml")
 	b.compose(t, "up", "-d")
 	b.waitUntilHealthy(t)
@@ -168,8 +170,6 @@ func newBox(t *testing.T, files ...string) *box {
 	for _, file := range files {
 		b.command = append(b.command, "-f", "../../softhsm/"+file)
 	}
-	t.Setenv("KEYFERRY_PORT", "0") // any that is free
-	t.Setenv("KEYFERRY_PORT_2", "0")
 	t.Cleanup(func() {
 		if t.Failed() {
 			out, _ := b.run(context.Background(), "logs")
@@ -190,6 +190,7 @@ func (b *box) at(service string) *box {
 
 func (b *box) run(ctx context.Context, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, b.command[0], append(slices.Clip(b.command[1:]), args...)...)
+	cmd.Env = append(os.Environ(), "KEYFERRY_PORT=0", "KEYFERRY_PORT_2=0") // any that are free
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	out, err := cmd.Output()
