@@ -284,6 +284,9 @@ func (r *ruin) noOrphans(t *testing.T) {
 	if r.cfg.Token.Usable(hsm.SM4) == nil {
 		own++ // the SM4 vault
 	}
+	if r.cfg.Custody == hsm.Resident {
+		own += r.enabledKeys(t)
+	}
 	keys := count(t, r.on, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_SECRET_KEY)) +
 		count(t, r.on, pkcs11.NewAttribute(pkcs11.CKA_TOKEN, true), pkcs11.NewAttribute(pkcs11.CKA_CLASS, pkcs11.CKO_PRIVATE_KEY))
 	require.Equal(t, own+len(pairs), keys)

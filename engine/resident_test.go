@@ -41,6 +41,14 @@ func (h *house) requireHeld(t *testing.T, n int) {
 	}
 }
 
+// enabledKeys counts the CMKs whose material can be used.
+func (h *house) enabledKeys(t *testing.T) int {
+	t.Helper()
+	_, total, err := h.ListKeys(t.Context(), engine.ListKeysInput{States: []engine.KeyState{engine.Enabled}})
+	require.NoError(t, err)
+	return total
+}
+
 func ids(objects []hsm.ResidentObject) (out []hsm.ObjectID) {
 	for _, o := range objects {
 		out = append(out, o.ID)

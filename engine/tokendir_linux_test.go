@@ -132,13 +132,6 @@ func (h *house) endure(t *testing.T, begin, end func() error) {
 	}
 }
 
-func (h *house) enabledKeys(t *testing.T) int {
-	t.Helper()
-	_, total, err := h.ListKeys(t.Context(), engine.ListKeysInput{States: []engine.KeyState{engine.Enabled}})
-	require.NoError(t, err)
-	return total
-}
-
 // filesystem is a directory that is one of its own.
 type filesystem struct{ at string }
 
