@@ -80,7 +80,8 @@ func BenchmarkCrowd(b *testing.B) {
 		for i := expiring; i < expiring+10_000 && i < n; i++ {
 			requests = append(requests, newLeanRequest("Encrypt", map[string]string{"KeyId": many.KeyID(i), "Plaintext": plaintextOf}))
 		}
-		conn := dialLean(b, s.credentials)
+		conn, err := dialLean(b, s.credentials)
+		require.NoError(b, err)
 		for _, r := range requests {
 			require.NoError(b, conn.do(r))
 		}

@@ -89,7 +89,10 @@ func reopenBenchServer(b testing.TB, dir string) *benchServer {
 		}
 	})
 	line, err := bufio.NewReader(stdout).ReadString('\n')
-	require.NoError(b, err)
+	if err != nil {
+		said, _ := os.ReadFile(log.Name())
+		require.NoError(b, err, "%s (%v)", said, s.cmd.Wait())
+	}
 	require.Contains(b, line, "listening on")
 	s.credentials = readCredentials(b, dir)
 	s.client = clientOf(s.credentials)
@@ -206,14 +209,16 @@ type leanConn struct {
 	out   []byte
 }
 
-func dialLean(b testing.TB, c credentials) *leanConn {
+func dialLean(b testing.TB, c credentials) (*leanConn, error) {
 	b.Helper()
 	conn, err := net.Dial("tcp", c.Endpoint)
-	require.NoError(b, err)
+	if err != nil {
+		return nil, err
+	}
 	b.Cleanup(func() { _ = conn.Close() })
 	l := &leanConn{conn: conn, in: bufio.NewReader(conn), cred: c}
 	rand.Read(l.nonce[:8]) // never fails
-	return l
+	return l, nil
 }
 
 // leanRequest is an action and its parameters, as they are signed and sent.
@@ -359,10 +364,15 @@ func (k *wireKeys) make(ctx context.Context, c *client, i int, material []byte, 
 func over(b testing.TB, s *benchServer, callers int, requests []leanRequest) func(caller int) error {
 	b.Helper()
 	conns, next := make([]*leanConn, callers), make([]int, callers)
-	for i := range conns {
-		conns[i], next[i] = dialLean(b, s.credentials), i
+	for i := range next {
+		next[i] = i
 	}
-	return func(caller int) error {
+	return func(caller int) (err error) {
+		if conns[caller] == nil { // not before: the server closes a connection that asks for nothing
+			if conns[caller], err = dialLean(b, s.credentials); err != nil {
+				return err
+			}
+		}
 		i := next[caller]
 		if next[caller] += callers; next[caller] >= len(requests) {
 			next[caller] = caller
@@ -429,7 +439,9 @@ func BenchmarkServer(b *testing.B) {
 	measure := func(name string, callers int, step func(caller int) error) {
 		b.Run(strings.ReplaceAll(name, " ", "-")+"/"+strconv.Itoa(callers), func(b *testing.B) {
 			u := &use{}
-			u.run(b, s, callers, benchSlice, step) // to open what is not
+			for u.n < 4*benchKeys { // until all are open, and their uses are reserved
+				u.run(b, s, callers, benchSlice, step)
+			}
 			u = &use{}
 			for b.Loop() {
 				u.run(b, s, callers, benchSlice, step)
