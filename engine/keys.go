@@ -268,8 +268,15 @@ func checkKeyID(keyID string) error {
 		return &Error{Kind: MissingParameter, Parameter: "KeyId"}
 	case strings.HasPrefix(keyID, "alias/"):
 		return &Error{Kind: UnsupportedAlias}
-	case len(keyID) > 64 || strings.Trim(strings.ToLower(keyID), "abcdefghijklmnopqrstuvwxyz0123456789-") != "":
+	case len(keyID) > 64:
 		return invalid("KeyId", "")
+	}
+	for i := range len(keyID) {
+		switch c := keyID[i]; {
+		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9', c == '-':
+		default:
+			return invalid("KeyId", "")
+		}
 	}
 	return nil
 }
