@@ -158,7 +158,8 @@ func (b *bench) measure(ctx context.Context, cfg *config, dir string, log *slog.
 	for _, s := range e.Suites() {
 		rows += s.Rows(b.callers)
 	}
-	tables, err = e.Tables(ctx, enginebench.Plan{Callers: b.callers, Each: b.duration / time.Duration(rows), Fresh: 4})
+	fresh := max(1, min(8, int(b.duration/(5*time.Second)))) // they take the token a while to generate
+	tables, err = e.Tables(ctx, enginebench.Plan{Callers: b.callers, Each: b.duration / time.Duration(rows), Fresh: fresh})
 	return tables, benchAdvice(err)
 }
 
