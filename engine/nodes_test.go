@@ -297,14 +297,14 @@ func (generous) Lease(context.Context, string, string, time.Duration) (bool, err
 func testNodesDestroyOnce(t *testing.T, both bool) {
 	_, dsn := newDatabase(t)
 	clock := newClock()
-	const keys, pairs = 60, 6
+	const keys, pairs = 40, 3
 	counts := make([]*sweeps, 2)
 	nodes := make([]*node, len(counts))
 	for i := range nodes {
 		counts[i] = &sweeps{}
 		nodes[i] = newNodes(t, dsn, 1, func(c *engine.Config) {
 			c.Now, c.Observer, c.ManualSweep, c.SweepInterval = clock.Now, counts[i], false, time.Millisecond
-			c.PoolSize, c.PairBound = 2, pairs
+			c.PoolSize, c.PairBound = 1, pairs
 			if both {
 				c.Store = generous{c.Store}
 			}

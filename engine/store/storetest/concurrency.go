@@ -170,7 +170,7 @@ func testOneMoment(t *testing.T, s store.Store) {
 	addPairs(t, s, 1, 2)
 	token := bind(t, s, newBind(1, key))
 
-	const rounds = 200
+	const rounds = 80
 	written := make(chan error, 1)
 	go func() {
 		defer close(written)
