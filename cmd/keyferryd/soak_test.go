@@ -34,7 +34,7 @@ const soakVariable = "KEYFERRY_SOAK"
 // soakDirVariable names the directory of the server to the process that is it.
 const soakDirVariable = "KEYFERRY_SOAK_DIR"
 
-const shortSoak = 8 * time.Second
+const shortSoak = 20 * time.Second
 
 // Bounds of the soak. Between two looks the load rests, so that what is counted
 // stands still.

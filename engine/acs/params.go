@@ -19,10 +19,18 @@ const (
 	typeJSON = "application/json"
 )
 
+// maxParams is many times what any action has. Whoever sends more need not have
+// signed them for this to read them.
+const maxParams = 256
+
 // parseForm reads a query or a form body. A name given twice is refused: which
 // of the two values counts would be the sender's guess against the signer's.
 func parseForm(s string) (map[string]string, error) {
-	params := make(map[string]string, min(strings.Count(s, "&")+1, 32))
+	n := strings.Count(s, "&") + 1
+	if n > maxParams {
+		return nil, fail(ErrParameters, "query or form body has too many parameters")
+	}
+	params := make(map[string]string, n)
 	twice := ""
 	for s != "" {
 		var pair string

@@ -107,6 +107,7 @@ func TestRefused(t *testing.T) {
 		{name: "rpc: signature twice", make: rpc(func(r *http.Request) { r.URL.RawQuery += "&Signature=" }), want: acs.ErrDuplicate},
 		{name: "rpc: bad escape", make: rpc(func(r *http.Request) { r.URL.RawQuery += "&x=%zz" }), want: acs.ErrParameters},
 		{name: "rpc: semicolon", make: rpc(func(r *http.Request) { r.URL.RawQuery += ";x=1" }), want: acs.ErrParameters},
+		{name: "rpc: too many", make: rpc(func(r *http.Request) { r.URL.RawQuery += strings.Repeat("&", 256) }), want: acs.ErrParameters},
 		{name: "rpc: not UTF-8", make: rpc(func(r *http.Request) { r.URL.RawQuery += "&x=%ff" }), want: acs.ErrParameters},
 		{name: "rpc: stale", make: rpc(func(*http.Request) {}), after: acs.Window + time.Second, want: acs.ErrExpired},
 		{name: "rpc: of the future", make: rpc(func(*http.Request) {}), after: -acs.Window - time.Second, want: acs.ErrExpired},
