@@ -52,9 +52,11 @@ func TestContainerNodes(t *testing.T) {
 		u := newUser(t, one, two)
 		network := one.project + "_database"
 		docker(t, "network", "disconnect", network, two.id(t))
+		cut := time.Now()
 		require.NoError(t, u.owner.call(t.Context(), "DeleteKeyMaterial", map[string]string{"KeyId": u.owner.keyID}, nil))
 		deleted := time.Now()
 		u.waitFor(t, "ServiceUnavailableTemporary")
+		require.Less(t, time.Since(cut), 10*time.Second, "Alibaba Cloud's SDKs would not hear of it")
 		require.Less(t, u.lastUse().Sub(deleted), time.Second)
 		onFirst.waitFor(t, 10)
 		docker(t, "network", "connect", network, two.id(t))

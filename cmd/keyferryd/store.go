@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/url"
 	"strings"
+	"time"
 
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/engine/store/postgres"
@@ -75,9 +76,13 @@ func hasPassword(dsn string) bool {
 	return strings.Contains(dsn, "password")
 }
 
+// storeTimeout is how long a request waits for a database that does not answer.
+// Alibaba Cloud's SDKs wait for ten seconds, and are to hear of it.
+const storeTimeout = 5 * time.Second
+
 // config reads what the configuration keeps in files.
 func (c *postgresConfig) config(log *slog.Logger) (postgres.Config, error) {
-	cfg := postgres.Config{DSN: c.DSN, Connections: c.Connections, AllowInsecure: c.AllowInsecure, Logger: log}
+	cfg := postgres.Config{DSN: c.DSN, Connections: c.Connections, AllowInsecure: c.AllowInsecure, Timeout: storeTimeout, Logger: log}
 	for _, secret := range []struct {
 		field, file string
 		into        *string
