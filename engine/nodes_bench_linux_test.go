@@ -36,7 +36,8 @@ import (
 // not have. They take turns in short slices.
 //
 // The processor time is that of the processes, and the database's beside it. The
-// rates are of a machine that does nothing else if busy is nearly 1.
+// rates are of a machine that does nothing else if busy is nearly 1; where it is
+// not, ratio-when-busy is what the ratio would be if they had all of their cores.
 func BenchmarkNodes(b *testing.B) {
 	var cores unix.CPUSet
 	require.NoError(b, unix.SchedGetaffinity(0, &cores))
@@ -84,6 +85,7 @@ func benchmarkNodes(b *testing.B, cores []int, callers int) enginebench.Row {
 		{Name: "one/s", Value: one.perSecond()},
 		{Name: "two/s", Value: two.perSecond()},
 		{Name: "ratio", Value: two.perSecond() / one.perSecond()},
+		{Name: "ratio-when-busy", Value: two.perSecond() / two.busy(2) / (one.perSecond() / one.busy(1))},
 		{Name: "one-busy", Value: one.busy(1)},
 		{Name: "two-busy", Value: two.busy(2)},
 		{Name: "one-cpu-µs", Value: one.each(one.cpu)},
