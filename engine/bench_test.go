@@ -30,7 +30,7 @@ func BenchmarkEngine(b *testing.B) {
 		b.Logf("custody is not compared: %v", err)
 	}
 	var tables []*enginebench.Table
-	for _, suite := range append(bench.Suites(), bench.CustodySuites()...) {
+	for _, suite := range append(bench.CustodySuites(), bench.Suites()...) {
 		b.Run(suite.Name, func(b *testing.B) {
 			table := &enginebench.Table{Title: suite.Title}
 			err := suite.Each(ctx, []int{1, 8, 32, 64}, func(callers int, c *enginebench.Comparison) error {

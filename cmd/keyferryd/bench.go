@@ -42,8 +42,10 @@ in a throw-away SQLite database, also where the configuration has a PostgreSQL, 
 signs no receipts. The database is in a new directory beside that of the
 configuration, for its disk is measured, too; --dir puts it elsewhere.
 
-On the token it makes session objects, and a few wrapping pairs, which it
-destroys at its end. If it is killed they stay, labelled "keyferry pair
+Where custody is resident it compares that with sealed custody, too.
+
+On the token it makes session objects, and a few wrapping pairs, and a fifth of the
+keys if custody is resident, which it destroys at its end. If it is killed they stay, labelled "keyferry pair
 ` + enginebench.Instance + `", until it is run again ten minutes later, and so
 does the directory, which holds no key that anybody uses. Run one at a time.`,
 		Args: cobra.NoArgs,
@@ -154,12 +156,19 @@ func (b *bench) measure(ctx context.Context, cfg *config, dir string, log *slog.
 		return nil, benchAdvice(err)
 	}
 	defer func() { err = errors.Join(err, e.Close()) }()
+	suites := e.Suites()
+	if cfg.custody() == hsm.Resident {
+		if err := e.Keeps(); err != nil {
+			return nil, custodyAdvice(err, cfg)
+		}
+		suites = append(e.CustodySuites(), suites...)
+	}
 	rows := 1 // of Parameters
-	for _, s := range e.Suites() {
+	for _, s := range suites {
 		rows += s.Rows(b.callers)
 	}
 	fresh := max(1, min(8, int(b.duration/(5*time.Second)))) // they take the token a while to generate
-	tables, err = e.Tables(ctx, enginebench.Plan{Callers: b.callers, Each: b.duration / time.Duration(rows), Fresh: fresh})
+	tables, err = e.Tables(ctx, enginebench.Plan{Suites: suites, Callers: b.callers, Each: b.duration / time.Duration(rows), Fresh: fresh})
 	return tables, benchAdvice(err)
 }
 

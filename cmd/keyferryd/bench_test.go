@@ -19,6 +19,9 @@ func TestBench(t *testing.T) {
 	t.Parallel()
 	s := newSite(t, "")
 	s.init(t, "--init-token", "--so-pin-file", s.file("so-pin"))
+	sealed, err := os.ReadFile(s.config)
+	require.NoError(t, err)
+	s.write(t, "keyferryd.yaml", "custody: resident\n"+string(sealed))
 	objects := func() map[string]string {
 		files := snapshot(t, filepath.Join(s.dir, "tokens"))
 		maps.DeleteFunc(files, func(path, _ string) bool { return filepath.Base(path) == "generation" }) // counts changes
@@ -28,7 +31,16 @@ func TestBench(t *testing.T) {
 	files, err := os.ReadDir(s.dir)
 	require.NoError(t, err)
 
-	stdout, stderr, err := s.keyferryd(t, "bench", "--duration", "1s", "--keys", "256", "--callers", "2", "--json")
+	tables := 7
+	measure := func() (stdout, stderr string, err error) {
+		return s.keyferryd(t, "bench", "--duration", "1s", "--keys", "256", "--callers", "2", "--json")
+	}
+	stdout, stderr, err := measure()
+	if strings.Contains(stderr, "custody: resident asks for what the token has not") { // as stock SoftHSM2
+		s.write(t, "keyferryd.yaml", string(sealed))
+		tables--
+		stdout, stderr, err = measure()
+	}
 	require.NoError(t, err, stderr)
 	var m measurement
 	require.NoError(t, json.Unmarshal([]byte(stdout), &m), stdout)
@@ -45,7 +57,7 @@ func TestBench(t *testing.T) {
 		title, _, _ := strings.Cut(table.Title, " ")
 		titles[title] = table
 	}
-	require.Len(t, titles, 6)
+	require.Len(t, titles, tables) // by the first word of the title
 	require.Equal(t, "RSAES_OAEP_SHA_1 with RSA_2048", titles["Import"].Rows[0].Name)
 
 	require.Equal(t, before, objects(), "nothing is left on the token")

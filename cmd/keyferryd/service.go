@@ -161,7 +161,7 @@ func tokenAdvice(err error, cfg *config) error {
 
 // custodyAdvice adds what to do where the token cannot keep what custody asks for.
 func custodyAdvice(err error, cfg *config) error {
-	if cfg.custody() != hsm.Resident || !errors.Is(err, engine.UnsupportedOp) {
+	if cfg.custody() != hsm.Resident || !errors.Is(err, engine.UnsupportedOp) && !errors.Is(err, hsm.ErrUnsupported) {
 		return err
 	}
 	return fmt.Errorf("custody: resident asks for what the token has not: %w: take custody (and resident.only) out of the configuration, or use another token; %q says what this one can do",

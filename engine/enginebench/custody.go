@@ -11,10 +11,10 @@ import (
 	"github.com/keyferry/keyferry/hsm"
 )
 
-// residentKeys is over how many CMKs the resident loads go: what a small HSM
-// holds beside its other objects. What they cost grows with it on tokens that
-// search slowly.
-const residentKeys = 200
+// residentPart is the part of the CMKs, of which there are more, whose material is
+// resident: two hundred of a thousand, as a small HSM holds beside its other
+// objects. What they cost grows with it on tokens that search slowly.
+const residentPart = 5
 
 // Keeps returns why the token keeps no resident material, nil if it does.
 func (b *Bench) Keeps() error { return b.token.Keeps(hsm.Resident, hsm.AES256) }
@@ -28,9 +28,10 @@ func (b *Bench) reside(ctx context.Context) (*route, error) {
 	if err := b.Keeps(); err != nil {
 		return nil, err
 	}
-	r := &route{offer: b.offers[0], imports: make([]engine.ImportInput, residentKeys), pairs: make([]hsm.PairID, residentKeys)}
+	n := len(b.keys) / residentPart
+	r := &route{offer: b.offers[0], imports: make([]engine.ImportInput, n), pairs: make([]hsm.PairID, n)}
 	b.residents = r // Close destroys what has been made by then
-	return r, each(residentKeys, func(i int) error {
+	return r, each(n, func(i int) error {
 		key, err := b.engine.CreateKey(ctx, engine.CreateKeyInput{Custody: hsm.Resident})
 		if err != nil {
 			return err
