@@ -88,25 +88,30 @@ func (w *work) findKey(ctx context.Context) (err error) {
 	}
 	if keyID == "" {
 		if keyID = w.found[w.markOf(w.item)]; keyID == "" {
-			keyID, err = w.create(ctx)
+			if w.key, err = w.create(ctx); err != nil {
+				return err
+			}
+			keyID = w.key.KeyID
 		}
-		if err != nil {
-			return err
-		}
-		w.key.KeyID = keyID
 		if err := w.journal.add(result{Name: w.item.name, Line: w.item.line, KeyID: keyID, Status: statusCreated}); err != nil {
 			return &abort{err}
 		}
 	}
-	if w.key, err = w.describe(ctx, keyID); err != nil {
-		return err
+	if w.key.KeyState == "" {
+		w.key.KeyID = keyID // for the results, should it not be there
+		k, err := w.describe(ctx, keyID)
+		if err != nil {
+			return err
+		}
+		w.key = k
 	}
 	w.before = w.key.KeyState
 	return nil
 }
 
-// create makes a key, once.
-func (w *work) create(ctx context.Context) (keyID string, err error) {
+// create makes a key, once. If it had to be found again, its KeyId is all that is
+// known of it.
+func (w *work) create(ctx context.Context) (keyMetadata, error) {
 	mark := w.markOf(w.item)
 	params := url.Values{
 		"Origin": {origin}, "KeySpec": {w.item.specToMake()},
@@ -118,11 +123,11 @@ func (w *work) create(ctx context.Context) (keyID string, err error) {
 	var answer struct{ KeyMetadata keyMetadata }
 	o := w.one("CreateKey", settleCreate, func(ctx context.Context) (bool, error) {
 		found, err := w.search(ctx, map[string]bool{mark: true})
-		answer.KeyMetadata.KeyID = found[mark]
+		answer.KeyMetadata = keyMetadata{KeyID: found[mark]}
 		return found[mark] != "", err
 	})
-	err = w.once(ctx, o, params, &answer)
-	return answer.KeyMetadata.KeyID, err
+	err := w.once(ctx, o, params, &answer)
+	return answer.KeyMetadata, err
 }
 
 // one is an action for this item. After a failure that was written down no
