@@ -44,9 +44,10 @@ configuration, for its disk is measured, too; --dir puts it elsewhere.
 
 Where custody is resident it compares that with sealed custody, too.
 
-On the token it makes session objects, and a few wrapping pairs, and a fifth of the
-keys if custody is resident, which it destroys at its end. If it is killed they stay, labelled "keyferry pair
-` + enginebench.Instance + `", until it is run again ten minutes later, and so
+On the token it makes session objects, and a few wrapping pairs, and a fifth of
+the keys if custody is resident, which it destroys at its end. If it is killed
+they stay, labelled "keyferry pair" or "keyferry material" and
+` + enginebench.Instance + `, until it is run again ten minutes later, and so
 does the directory, which holds no key that anybody uses. Run one at a time.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
