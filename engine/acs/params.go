@@ -31,7 +31,7 @@ func parseForm(s string) (map[string]string, error) {
 		return nil, fail(ErrParameters, "query or form body has too many parameters")
 	}
 	params := make(map[string]string, n)
-	twice := ""
+	again, twice := "", false // the name may be empty
 	for s != "" {
 		var pair string
 		pair, s, _ = strings.Cut(s, "&")
@@ -49,13 +49,13 @@ func parseForm(s string) (map[string]string, error) {
 		if !utf8.ValidString(name) || !utf8.ValidString(value) {
 			return nil, fail(ErrParameters, "query or form body is not UTF-8")
 		}
-		if _, there := params[name]; there && twice == "" {
-			twice = name
+		if _, there := params[name]; there && !twice {
+			again, twice = name, true
 		}
 		params[name] = value
 	}
-	if twice != "" {
-		return nil, fail(ErrDuplicate, twice)
+	if twice {
+		return nil, fail(ErrDuplicate, again)
 	}
 	return params, nil
 }

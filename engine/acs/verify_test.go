@@ -104,6 +104,11 @@ func TestRefused(t *testing.T) {
 		{name: "rpc: path", make: rpc(func(r *http.Request) { r.URL.Path = "/admin" }), want: acs.ErrPath},
 		{name: "rpc: escaped path", make: rpc(func(r *http.Request) { r.URL.Path, r.URL.RawPath = "//", "/%2F" }), want: acs.ErrPath},
 		{name: "rpc: parameter twice", make: rpc(func(r *http.Request) { r.URL.RawQuery += "&KeyId=k" }), want: acs.ErrDuplicate},
+		{name: "rpc: parameter of no name twice", make: func(t *testing.T) (*http.Request, string) {
+			r := signRPC(t, request(t, http.MethodPost, rpcQuery+"&=k", ""), "")
+			r.URL.RawQuery = "=l&" + r.URL.RawQuery
+			return r, ""
+		}, want: acs.ErrDuplicate},
 		{name: "rpc: signature twice", make: rpc(func(r *http.Request) { r.URL.RawQuery += "&Signature=" }), want: acs.ErrDuplicate},
 		{name: "rpc: bad escape", make: rpc(func(r *http.Request) { r.URL.RawQuery += "&x=%zz" }), want: acs.ErrParameters},
 		{name: "rpc: semicolon", make: rpc(func(r *http.Request) { r.URL.RawQuery += ";x=1" }), want: acs.ErrParameters},
