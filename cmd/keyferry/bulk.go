@@ -217,6 +217,9 @@ func (b *bulk) markOf(it *item) string {
 
 const markBegin = "[keyferry import "
 
+// maxKeys is more keys than a KMS has.
+const maxKeys = 1 << 30
+
 // clockSkew is how far the KMS's clock may be behind this machine's.
 const clockSkew = time.Hour
 
@@ -257,7 +260,12 @@ func (b *bulk) search(ctx context.Context, marks map[string]bool) (map[string]st
 		for _, k := range answer.Keys.Key {
 			ids = append(ids, k.KeyID)
 		}
-		return ids, answer.TotalCount, err
+		total = answer.TotalCount
+		// Else this would end without having looked, or never.
+		if err == nil && (len(ids) > total || total > size*(page-1) && len(ids) == 0 || total > maxKeys) {
+			err = fmt.Errorf("ListKeys: the KMS says that it has %d keys, and lists %d on page %d", total, len(ids), page)
+		}
+		return ids, total, err
 	}
 	_, total, err := list(1)
 	if err != nil {
@@ -282,7 +290,7 @@ func (b *bulk) search(ctx context.Context, marks map[string]bool) (map[string]st
 				return nil, err
 			}
 			if mark := markIn(k.Description); marks[mark] {
-				found[mark] = k.KeyID
+				found[mark] = id
 			}
 			sorted = sorted && last <= k.CreationDate
 			last = k.CreationDate
@@ -306,5 +314,15 @@ func markIn(description string) string {
 func (b *bulk) describe(ctx context.Context, keyID string) (keyMetadata, error) {
 	var answer struct{ KeyMetadata keyMetadata }
 	err := b.repeat(ctx, "DescribeKey", url.Values{"KeyId": {keyID}}, &answer)
-	return answer.KeyMetadata, err
+	k := answer.KeyMetadata
+	if err == nil && k.KeyID != keyID && !names(keyID, k.KeyID) {
+		err = fmt.Errorf("DescribeKey: the KMS was asked for key %s, and answered for %s", keyID, orNone(k.KeyID))
+	}
+	return k, err
+}
+
+// names reports whether s is another name of a key than its KeyId: an alias,
+// which can be any key's, or its resource name.
+func names(s, keyID string) bool {
+	return keyID != "" && (strings.HasPrefix(s, "alias/") || strings.Contains(s, ":alias/") || strings.HasSuffix(s, "/"+keyID))
 }

@@ -105,7 +105,7 @@ type apiError struct {
 }
 
 func (e *apiError) Error() string {
-	return fmt.Sprintf("%s: %s (HTTP status %d, RequestId %s)", e.Code, strings.TrimSuffix(e.Message, "."), e.Status, e.RequestID)
+	return oneLine(fmt.Sprintf("%s: %s (HTTP status %d, RequestId %s)", e.Code, strings.TrimSuffix(e.Message, "."), e.Status, e.RequestID))
 }
 
 // hints say what to do about the codes of errors.
@@ -133,7 +133,7 @@ func (c *client) explain(err error) error {
 	case errors.As(err, &e):
 		hint := hints[e.Code]
 		if e.Recommend != "" && !strings.Contains(e.Recommend, "://") {
-			hint = e.Recommend
+			hint = oneLine(e.Recommend)
 		}
 		if hint != "" {
 			return withHint(err, "%s", hint)

@@ -121,10 +121,6 @@ func (f *fakeKMS) answer(r *http.Request) (map[string]any, *fakeError) {
 	case err != nil:
 		return nil, &fakeError{status: 400, code: "SignatureDoesNotMatch", message: "Specified signature is not matched with our calculation."}
 	}
-	f.nonces[id.Nonce] = true
-	if req.Version != apiVersion {
-		return nil, &fakeError{status: 400, code: "InvalidVersion"}
-	}
 	if f.has("busy") {
 		switch f.chance.IntN(6) {
 		case 0:
@@ -132,6 +128,10 @@ func (f *fakeKMS) answer(r *http.Request) (map[string]any, *fakeError) {
 		case 1:
 			return nil, &fakeError{status: 400, code: "Throttling.User", message: "Request was denied due to user flow control."}
 		}
+	}
+	f.nonces[id.Nonce] = true
+	if req.Version != apiVersion {
+		return nil, &fakeError{status: 400, code: "InvalidVersion"}
 	}
 	switch req.Action {
 	case "CreateKey":

@@ -29,8 +29,9 @@ type journal struct {
 
 	resumed bool // there was an earlier run
 
-	mu   sync.Mutex // guards writes
-	file *os.File
+	mu     sync.Mutex // guards writes
+	file   *os.File
+	broken error // of the first write that failed
 
 	dirty chan struct{} // holds one token while there is something to sync
 	ended chan error    // receives what the syncing ended with
@@ -91,6 +92,7 @@ type past struct {
 	last     result
 	keyID    string // of the key that was made
 	state    string // of the key when its wrapped material was first sent
+	digest   string // of the line that it was sent for
 	failures int
 }
 
@@ -193,7 +195,8 @@ func (j *journal) resume(name string, data []byte, endpoint, accessKeyID string)
 		}
 		var r result
 		if json.Unmarshal(line, &r) != nil || r.Name == "" {
-			return fmt.Errorf("%s: line %d is damaged", name, n)
+			return withHint(fmt.Errorf("%s: line %d is damaged", name, n),
+				"take that line out; with a new file the keys that were made would be made again")
 		}
 		j.remember(r)
 	}
@@ -219,7 +222,7 @@ func (j *journal) remember(r result) {
 	case statusCreated:
 		p.keyID = r.KeyID
 	case statusStarted:
-		p.state = r.State
+		p.state, p.digest = r.State, r.Digest
 	case statusFailed:
 		p.failures++
 	}
@@ -238,10 +241,7 @@ func (j *journal) write(v any) error {
 	if err := e.Encode(v); err != nil {
 		return err
 	}
-	j.mu.Lock()
-	_, err := j.file.Write(line.Bytes())
-	j.mu.Unlock()
-	if err != nil {
+	if err := j.append(line.Bytes()); err != nil {
 		return fmt.Errorf("the results: %w", err)
 	}
 	select {
@@ -249,6 +249,18 @@ func (j *journal) write(v any) error {
 	default:
 	}
 	return nil
+}
+
+// append adds a line at the end. After a failure nothing is added any more: what
+// it left of its line, on a disk that is full, has to stay the end of the file,
+// which the next run cuts off.
+func (j *journal) append(line []byte) error {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	if j.broken == nil {
+		_, j.broken = j.file.Write(line)
+	}
+	return j.broken
 }
 
 // sync is the goroutine that brings lines to the disk.

@@ -47,10 +47,10 @@ func run(ctx context.Context, args []string, std *streams) int {
 	if err == nil {
 		return 0
 	}
-	fmt.Fprintf(std.err, "keyferry: %v\n", err)
+	fmt.Fprintf(std.err, "keyferry: %s\n", printable(err.Error()))
 	var hinted *hintedError
 	if errors.As(err, &hinted) {
-		fmt.Fprintf(std.err, "hint: %s\n", hinted.hint)
+		fmt.Fprintf(std.err, "hint: %s\n", printable(hinted.hint))
 	}
 	var items *itemsFailed
 	if errors.As(err, &items) {

@@ -7,6 +7,7 @@ import (
 	"os"
 	"strings"
 	"text/tabwriter"
+	"unicode"
 )
 
 // row is one line of a table: what, and what it is.
@@ -21,14 +22,30 @@ func (s *streams) report(object any, rows ...row) error {
 		return e.Encode(object)
 	}
 	if len(rows) == 1 && rows[0].name == "" {
-		_, err := fmt.Fprintln(s.out, rows[0].value)
+		_, err := fmt.Fprintln(s.out, printable(rows[0].value))
 		return err
 	}
 	w := tabwriter.NewWriter(s.out, 0, 0, 2, ' ', 0)
 	for _, r := range rows {
-		fmt.Fprintf(w, "%s:\t%s\n", r.name, orNone(r.value))
+		fmt.Fprintf(w, "%s:\t%s\n", r.name, orNone(oneLine(r.value)))
 	}
 	return w.Flush()
+}
+
+// printable is s without what a terminal would obey: a KMS, or who is on the way
+// to it, could else rewrite what a person has read.
+func printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '\n' || r == '\t' || unicode.IsPrint(r) {
+			return r
+		}
+		return unicode.ReplacementChar
+	}, s)
+}
+
+// oneLine is printable as one line: no other line can be feigned.
+func oneLine(s string) string {
+	return printable(strings.Join(strings.FieldsFunc(s, func(r rune) bool { return r == '\n' || r == '\t' || r == '\r' }), " "))
 }
 
 // orNone keeps a row from ending in nothing.

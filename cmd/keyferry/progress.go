@@ -50,7 +50,7 @@ func (p *progress) say(format string, args ...any) {
 	if p.bar != nil {
 		_ = p.bar.Clear()
 	}
-	fmt.Fprintf(p.std.err, "keyferry: "+format+"\n", args...)
+	fmt.Fprintf(p.std.err, "keyferry: %s\n", oneLine(fmt.Sprintf(format, args...)))
 }
 
 // done shows an item that is done or has failed.

@@ -127,6 +127,17 @@ type caller struct {
 	// is a mistake of the command line and not an outage.
 	reached atomic.Bool
 	waiting func(err error) // told of each attempt that is to be made again
+	// now is the time, also of a machine that slept, as KMSs know it; nil: time.Now.
+	now func() time.Time
+}
+
+// clock is the time without the reading that stands still while a machine
+// sleeps.
+func (b *caller) clock() time.Time {
+	if b.now != nil {
+		return b.now()
+	}
+	return time.Now().Round(0)
 }
 
 // attempt is one attempt.
@@ -175,13 +186,31 @@ type one struct {
 	happened func(ctx context.Context) (bool, error)
 	// settle is how long an attempt that arrived may be under way unseen.
 	settle time.Duration
+	// harmless: to happen twice is merely not needed.
+	harmless bool
 }
+
+// nonceLife is how long a KMS surely remembers a nonce: less than the quarter of
+// an hour that it does, by clocks that differ.
+const nonceLife = 5 * time.Minute
 
 // once does o with params.
 func (b *caller) once(ctx context.Context, o *one, params url.Values, answer any) error {
 	tries := b.attempts()
-	var replayedAt time.Time
+	var replayedAt, sentAt time.Time
 	for {
+		// This machine may have slept, and the KMS forgotten the nonce.
+		if !sentAt.IsZero() && b.clock().Sub(sentAt) > nonceLife {
+			if there, err := o.happened(ctx); there || err != nil {
+				o.number++
+				return err
+			}
+			o.number++
+			replayedAt, sentAt = time.Time{}, time.Time{}
+		}
+		if sentAt.IsZero() {
+			sentAt = b.clock()
+		}
 		nonce := b.journal.token(append([]string{o.action, strconv.Itoa(o.number)}, o.key...)...)
 		err := b.attempt(ctx, o.action, params, nonce, answer)
 		result := outcomeOf(err)
@@ -201,10 +230,16 @@ func (b *caller) once(ctx context.Context, o *one, params url.Values, answer any
 				replayedAt = now
 			case now.Sub(replayedAt) > o.settle: // it came to nothing
 				o.number++
-				replayedAt = time.Time{}
+				replayedAt, sentAt = time.Time{}, time.Time{}
 			}
-		case throttled, unavailable: // it was answered: the next attempt is another one
+		case throttled: // not done: the next attempt is another one
 			o.number++
+			sentAt = time.Time{}
+		case unavailable: // it may be done yet, though it was answered
+			if o.harmless {
+				o.number++
+				sentAt = time.Time{}
+			}
 		case lost:
 		}
 		if err := tries.wait(ctx, err); err != nil {

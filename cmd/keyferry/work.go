@@ -174,7 +174,8 @@ func (w *work) identify(material []byte) error {
 
 // holds reports whether a key has this item's material, until the time that the
 // item wants, so that there is nothing to do. What a KMS does not measure is
-// known only of a key that had none before.
+// known only of a key that had none before this run sent it, or before another
+// run sent the same wrapped material: a file may have changed since.
 func (w *work) holds(k *keyMetadata) bool {
 	if k.KeyState != "Enabled" && k.KeyState != "Disabled" {
 		return false
@@ -192,7 +193,7 @@ func (w *work) holds(k *keyMetadata) bool {
 	if k.KeyMaterialID != "" && w.materialID != "" {
 		return k.KeyMaterialID == w.materialID
 	}
-	return w.before == "PendingImport" || w.past.state == "PendingImport" || w.item.makesKey()
+	return w.before == "PendingImport" || w.past.state == "PendingImport" && w.past.digest == w.item.digest
 }
 
 // imports wraps the material, unless that is done, and imports it.
@@ -201,6 +202,7 @@ func (w *work) imports(ctx context.Context, material []byte) error {
 		k, err := w.describe(ctx, w.key.KeyID)
 		return err == nil && w.holds(&k), err
 	})
+	o.harmless = true
 	if material == nil {
 		if err := w.start(); err != nil {
 			return err
@@ -226,10 +228,10 @@ func (w *work) imports(ctx context.Context, material []byte) error {
 // start writes down, before wrapped material is first sent, in what state the
 // key was: what the material is may not be known here.
 func (w *work) start() error {
-	if w.past.state != "" {
+	if w.past.state != "" && w.past.digest == w.item.digest {
 		return nil
 	}
-	err := w.journal.add(result{Name: w.item.name, Line: w.item.line, KeyID: w.key.KeyID, Status: statusStarted, State: w.before})
+	err := w.journal.add(result{Name: w.item.name, Line: w.item.line, KeyID: w.key.KeyID, Status: statusStarted, State: w.before, Digest: w.item.digest})
 	if err != nil {
 		return &abort{err}
 	}
