@@ -109,8 +109,21 @@ func openJournal(name string, create int, endpoint, accessKeyID string) (_ *jour
 			err = errors.Join(err, j.file.Close())
 		}
 	}()
-	if err := lockFile(j.file); err != nil {
+	info, err := j.file.Stat()
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("the results: %w", err)
+	case !info.Mode().IsRegular():
+		return nil, withHint(fmt.Errorf("%s is no regular file", name), "give another name to --results")
+	case !isOurs(info):
+		// It says which key material goes into.
+		return nil, withHint(fmt.Errorf("%s is another user's, or everybody may write to it", name), "give another name to --results, in a directory of yours")
+	}
+	switch err := lockFile(j.file); {
+	case errors.Is(err, errInUse):
 		return nil, withHint(fmt.Errorf("%s is in use by another import", name), "give another name to --results, or wait")
+	case err != nil:
+		return nil, withHint(fmt.Errorf("%s cannot be locked: %w", name, err), "give --results a name on another file system")
 	}
 	data, err := io.ReadAll(j.file)
 	if err != nil {
@@ -131,6 +144,9 @@ func openJournal(name string, create int, endpoint, accessKeyID string) (_ *jour
 	go j.sync()
 	return j, nil
 }
+
+// errInUse: another process has locked the file.
+var errInUse = errors.New("locked by another process")
 
 func notResults(name string) error {
 	return withHint(fmt.Errorf("%s is not the results of an import", name), "it is not overwritten: give another name to --results")
