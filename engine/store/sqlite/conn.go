@@ -224,7 +224,8 @@ func (c *conn) run(s *statement, limit int, scan func(*cursor), args []driver.Va
 	return found, nil
 }
 
-// bind gives the statement its arguments: nil, int64, string or []byte.
+// bind gives the statement its arguments: nil, int64, string or []byte, of which
+// a nil one is NULL, so that NOT NULL refuses what was left out.
 func (s *statement) bind(args []driver.Value) error {
 	need := 0
 	for _, arg := range args {
@@ -256,6 +257,10 @@ func (s *statement) bind(args []driver.Value) error {
 			rc = lite.Xsqlite3_bind_text(c.tls, s.p, parameter, at, int32(len(v)), lite.SQLITE_STATIC)
 			at += uintptr(len(v))
 		case []byte:
+			if v == nil {
+				rc = lite.Xsqlite3_bind_null(c.tls, s.p, parameter)
+				break
+			}
 			copy(libc.GoBytes(at, len(v)), v)
 			rc = lite.Xsqlite3_bind_blob(c.tls, s.p, parameter, at, int32(len(v)), lite.SQLITE_STATIC)
 			at += uintptr(len(v))
