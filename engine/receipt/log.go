@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 
 	"golang.org/x/mod/sumdb/tlog"
 )
@@ -63,8 +64,13 @@ type Outline struct {
 // ReadOutline reads the beginning of a file. Errors wrap ErrSyntax.
 func ReadOutline(r io.Reader) (Outline, error) {
 	var in logJSON // of which a receipt has the same members
-	if err := json.NewDecoder(io.LimitReader(r, maxLine)).Decode(&in); err != nil {
-		return Outline{}, fmt.Errorf("%w: %w", ErrSyntax, err)
+	var unread *fs.PathError
+	switch err := json.NewDecoder(io.LimitReader(r, maxLine)).Decode(&in); {
+	case errors.As(err, &unread):
+		return Outline{}, err
+	case err != nil:
+		// Not json's own words, which quote what was read: it may be key material.
+		return Outline{}, fmt.Errorf("%w: it is neither a receipt nor a log", ErrSyntax)
 	}
 	if in.Format != logFormat && in.Format != receiptFormat {
 		return Outline{}, fmt.Errorf("%w: its format is %q", ErrSyntax, in.Format)
