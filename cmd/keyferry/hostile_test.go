@@ -245,6 +245,29 @@ func TestUnavailableKMSMakesNoSecondKey(t *testing.T) {
 	require.Equal(t, 1, madeKeys(s.kms))
 }
 
+// The answer to a CreateKey is lost while the KMS has yet to make the key, and it
+// is too busy for the next attempt.
+func TestBusyKMSMakesNoSecondKey(t *testing.T) {
+	var late atomic.Pointer[http.Request]
+	var calls atomic.Int32
+	s := newSite(t, func(kms *fakeKMS, w http.ResponseWriter, r *http.Request) {
+		switch calls.Add(1) {
+		case 1:
+			late.Store(r.Clone(context.Background()))
+			panic(http.ErrAbortHandler)
+		case 2:
+			w.WriteHeader(http.StatusTooManyRequests)
+			fmt.Fprint(w, `{"Code":"Throttling.User"}`)
+			return
+		case 3:
+			kms.ServeHTTP(httptest.NewRecorder(), late.Load())
+		}
+		kms.ServeHTTP(w, r)
+	})
+	require.NoError(t, s.caller(t).once(t.Context(), create(t, s.kms, settleCreate), createParams, nil))
+	require.Equal(t, 1, madeKeys(s.kms))
+}
+
 // A KMS that measures nothing cannot tell that a file holds other material than
 // what it was given before a crash; so it is asked to import it, and refuses.
 func TestMaterialChangedAfterACrash(t *testing.T) {

@@ -28,6 +28,7 @@ type journal struct {
 	past map[string]*past // by name, of earlier runs
 
 	resumed bool // there was an earlier run
+	opened  time.Time
 
 	mu     sync.Mutex // guards writes
 	file   *os.File
@@ -100,7 +101,7 @@ type past struct {
 // file; without it the error may be os.ErrNotExist. Nobody else can use it until
 // close.
 func openJournal(name string, create int, endpoint, accessKeyID string) (_ *journal, err error) {
-	j := &journal{past: map[string]*past{}, dirty: make(chan struct{}, 1), ended: make(chan error, 1)}
+	j := &journal{past: map[string]*past{}, opened: time.Now(), dirty: make(chan struct{}, 1), ended: make(chan error, 1)}
 	if j.file, err = os.OpenFile(name, os.O_RDWR|create, 0o600); err != nil {
 		return nil, fmt.Errorf("the results: %w", err)
 	}

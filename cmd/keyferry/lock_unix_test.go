@@ -23,7 +23,10 @@ func TestResultsOfSomeoneElse(t *testing.T) {
 		return err
 	}
 	name := filepath.Join(dir, "results")
-	require.NoError(t, open(name))
+	first, err := openJournal(name, os.O_CREATE, "https://kms.example/", "a")
+	require.NoError(t, err)
+	require.ErrorContains(t, open(name), "in use by another import")
+	require.NoError(t, first.close())
 	require.NoError(t, open(name))
 	require.NoError(t, os.Chmod(name, 0o666))
 	require.ErrorContains(t, open(name), "everybody may write")

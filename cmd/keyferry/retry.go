@@ -194,10 +194,22 @@ type one struct {
 // an hour that it does, by clocks that differ.
 const nonceLife = 5 * time.Minute
 
+// settleAnswered is settle where the KMS has answered that it gave the attempt
+// up: no more is under way than what it had asked of its disk.
+const settleAnswered = 3 * time.Second
+
 // once does o with params.
 func (b *caller) once(ctx context.Context, o *one, params url.Values, answer any) error {
 	tries := b.attempts()
-	var replayedAt, sentAt time.Time
+	// Of the number: since when it may come to nothing, when it was first sent,
+	// and whether the answer to an attempt is missing, be it of a run that crashed
+	// just now.
+	var settlingAt, sentAt time.Time
+	noAnswer := b.journal.resumed && time.Since(b.journal.opened) < o.settle
+	next := func() {
+		o.number++
+		settlingAt, sentAt, noAnswer = time.Time{}, time.Time{}, false
+	}
 	for {
 		// This machine may have slept, and the KMS forgotten the nonce.
 		if !sentAt.IsZero() && b.clock().Sub(sentAt) > nonceLife {
@@ -205,8 +217,7 @@ func (b *caller) once(ctx context.Context, o *one, params url.Values, answer any
 				o.number++
 				return err
 			}
-			o.number++
-			replayedAt, sentAt = time.Time{}, time.Time{}
+			next()
 		}
 		if sentAt.IsZero() {
 			sentAt = b.clock()
@@ -225,22 +236,28 @@ func (b *caller) once(ctx context.Context, o *one, params url.Values, answer any
 				o.number++
 				return err
 			}
-			switch now := time.Now(); {
-			case replayedAt.IsZero():
-				replayedAt = now
-			case now.Sub(replayedAt) > o.settle: // it came to nothing
-				o.number++
-				replayedAt, sentAt = time.Time{}, time.Time{}
+			settle := o.settle
+			if !noAnswer && !settlingAt.IsZero() {
+				settle = min(settle, settleAnswered)
 			}
-		case throttled: // not done: the next attempt is another one
-			o.number++
-			sentAt = time.Time{}
+			switch now := time.Now(); {
+			case settlingAt.IsZero():
+				settlingAt, noAnswer = now, true // perhaps of an earlier run
+			case now.Sub(settlingAt) > settle: // it came to nothing
+				next()
+			}
+		case throttled: // not done; nor is an earlier attempt, unless it is under way
+			if o.harmless || !noAnswer && settlingAt.IsZero() {
+				next()
+			}
 		case unavailable: // it may be done yet, though it was answered
 			if o.harmless {
-				o.number++
-				sentAt = time.Time{}
+				next()
+			} else if !noAnswer {
+				settlingAt = time.Now()
 			}
 		case lost:
+			noAnswer, settlingAt = true, time.Time{}
 		}
 		if err := tries.wait(ctx, err); err != nil {
 			return err
