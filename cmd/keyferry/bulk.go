@@ -65,8 +65,8 @@ func (o *importOptions) runManifest(ctx context.Context, std *streams) error {
 		before = j.past
 	}
 	items, err := readManifest(std, o.manifest, before)
-	if err == nil && j == nil {
-		j, err = openJournal(o.results, os.O_CREATE, c.url, c.cred.AccessKeyID)
+	if err == nil && j == nil { // nor did anybody make it meanwhile, or a link in its place
+		j, err = openJournal(o.results, os.O_CREATE|os.O_EXCL, c.url, c.cred.AccessKeyID)
 	}
 	if err != nil {
 		if j != nil {

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bytes"
 	"os"
 	"path/filepath"
 	"syscall"
@@ -40,4 +41,18 @@ func TestResultsOfSomeoneElse(t *testing.T) {
 	require.NoError(t, syscall.Mkfifo(fifo, 0o600))
 	require.ErrorContains(t, open(fifo), "no regular file")
 	require.ErrorContains(t, open(os.DevNull), "no regular file")
+}
+
+// A link that leads nowhere, which another user left where the results are to
+// be, has nothing made where it leads.
+func TestResultsAreNotMadeThroughALink(t *testing.T) {
+	s := newSite(t, nil)
+	s.write(t, "key.bin", bytes.Repeat([]byte{1, 200}, 16))
+	manifest := s.write(t, "keys.jsonl", []byte(`{"name":"new","material_file":"key.bin"}`))
+	elsewhere := filepath.Join(s.dir, "elsewhere")
+	require.NoError(t, os.Symlink(elsewhere, manifest+".results"))
+	status, _, stderr := s.keyferry(t, "import", "--manifest", manifest)
+	require.Equal(t, exitFailure, status)
+	require.Contains(t, stderr, "file exists")
+	require.NoFileExists(t, elsewhere)
 }
