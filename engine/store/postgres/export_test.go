@@ -26,7 +26,6 @@ func (s *Store) Statements() map[string]string {
 	receipt := &store.Receipt{}
 	update, _ := s.whole(updateWithinBudgetQuery, append(keyValues(&store.Key{}), nil, nil), receipt, true)
 	remove, _ := s.whole(deleteKeyQuery, []any{nil, nil}, receipt, true)
-	count, _ := conditions(store.KeyFilter{States: []string{""}, Specs: []string{""}})
 	return map[string]string{
 		"Key":                  keyQuery,
 		"KeyByVersion":         keyByVersionQuery,
@@ -43,7 +42,6 @@ func (s *Store) Statements() map[string]string {
 		"DeletePair, tokens":   `DELETE FROM import_token WHERE pair_id = $1`,
 		"DueKeys":              dueKeysQuery,
 		"ListKeys":             `SELECT ` + keyColumns + ` FROM cmk ORDER BY created_at, key_id LIMIT $1 OFFSET 10`,
-		"ListKeys, group":      `SELECT count(*) FROM cmk` + count,
 		"LoadImport":           loadImportQuery,
 		"CountFailure":         countFailureQuery,
 		"BindPair, check":      bindCheckQuery,
