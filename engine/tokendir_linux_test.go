@@ -66,7 +66,13 @@ func TestTroubleWithTheTokensDirectory(t *testing.T) {
 				{"is full", func() error { return fill(full) }, func() error { return os.Remove(full) }},
 				{
 					"vanishes",
-					func() error { return mount.moveTo(away) },
+					func() error {
+						if err := mount.moveTo(away); err != nil {
+							return err
+						}
+						requireKind(t, engine.Unavailable, h.Health(t.Context()))
+						return nil
+					},
 					func() error { return mount.moveTo(on.Files) },
 				},
 			} {

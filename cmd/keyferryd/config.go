@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"time"
 
 	"go.yaml.in/yaml/v3"
 
@@ -107,9 +108,13 @@ func (c *config) hsmConfig(log *slog.Logger) (hsm.Config, error) {
 		Module: c.Token.Module, InitArgs: c.Token.InitArgs, Label: c.Token.Label, Pins: c.Token.Pins.pins(),
 		PIN:      func() ([]byte, error) { return readSecret(c.Token.UserPINFile, log) },
 		Sessions: c.Token.Sessions, AllowPKCS1v15: c.Token.AllowPKCS1v15, Logger: log,
-		Profile: c.Token.Profile, Profiles: profiles, Accept: c.accept(),
+		Profile: c.Token.Profile, Profiles: profiles, Accept: c.accept(), Patience: tokenTimeout,
 	}, nil
 }
+
+// tokenTimeout is how long a request waits for a token that is gone. Alibaba
+// Cloud's SDKs wait for ten seconds, and are to hear of it.
+const tokenTimeout = 5 * time.Second
 
 type pinsConfig struct {
 	Serial     string      `yaml:"serial,omitempty"`
