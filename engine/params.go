@@ -56,23 +56,25 @@ func (e *Engine) checkOffer(offer WrappingOffer) error {
 		return &Error{Kind: MissingParameter, Parameter: "WrappingAlgorithm"}
 	case slices.Contains(e.offers, offer):
 		return nil
-	case !slices.Contains(e.specs, offer.Spec):
-		return invalid("WrappingKeySpec", fmt.Sprintf("offered here: %s", joined(e.specs)))
-	case !slices.Contains(algorithms, offer.Algorithm):
-		return invalid("WrappingAlgorithm", fmt.Sprintf("known: %s", joined(algorithms)))
 	}
-	// Why the token lacks it is in its operator's log.
+	// Only pairs help: not every algorithm goes with every spec. Why the token
+	// lacks one is in its operator's log.
 	offered := make([]string, len(e.offers))
 	for i, o := range e.offers {
 		offered[i] = o.String()
 	}
-	return invalid("WrappingAlgorithm", fmt.Sprintf("this server does not offer %s; it offers %s", offer, strings.Join(offered, ", ")))
+	list := strings.Join(offered, ", ")
+	switch { // what is unknown is not repeated: it may be anything
+	case !slices.Contains(e.specs, offer.Spec):
+		return invalid("WrappingKeySpec", "this server offers "+list)
+	case !slices.Contains(algorithms, offer.Algorithm):
+		return invalid("WrappingAlgorithm", "this server offers "+list)
+	}
+	return invalid("WrappingAlgorithm", fmt.Sprintf("this server does not offer %s; it offers %s", offer, list))
 }
 
 // String is how an offer is written in hints.
 func (o WrappingOffer) String() string { return string(o.Algorithm) + " with " + string(o.Spec) }
-
-func joined[T ~string](values []T) string { return strings.Join(names(values), ", ") }
 
 // GetParametersForImport answers a public key to wrap material under, and an
 // import token for that key, this CMK and this algorithm. It generates nothing

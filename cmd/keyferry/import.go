@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -162,14 +163,18 @@ var pairSpecs = []string{"RSA_2048", "RSA_3072", "RSA_4096", pairSM2}
 // pairSM2 is the spec for SM2PKE, and for it alone.
 const pairSM2 = "EC_SM2"
 
+func defaultPairSpec(algorithm string) string {
+	if algorithm == byok.SM2PKE {
+		return pairSM2
+	}
+	return "RSA_2048"
+}
+
 // validate finds what is wrong with the command line before anything is done:
 // what the KMS refuses later leaves a key without material behind.
 func (o *importOptions) validate() error {
 	if o.pairSpec == "" {
-		o.pairSpec = "RSA_2048"
-		if o.algorithm == byok.SM2PKE {
-			o.pairSpec = pairSM2
-		}
+		o.pairSpec = defaultPairSpec(o.algorithm)
 	}
 	switch {
 	case o.keyID != "" && (o.description != "" || o.protectionLevel != ""):
@@ -305,18 +310,65 @@ func (o *importOptions) wrapFor(ctx context.Context, c *client, keyID string, ma
 	return nil
 }
 
-// explainParameters says which algorithm to try if the KMS refuses this one.
-// It is never tried unasked: the customer decides how a key travels.
+// explainParameters says what to try if the KMS refuses this algorithm with this
+// spec. It is never tried unasked: the customer decides how a key travels.
 func (o *importOptions) explainParameters(err error) error {
 	var e *apiError
 	if !errors.As(err, &e) || !refuses(err, "Wrapping") {
 		return err
 	}
-	hint := fmt.Sprintf("the KMS does not offer %s with %s: try --algorithm %s", o.algorithm, o.pairSpec, o.otherAlgorithm())
+	algorithm, pairSpec := o.instead(err)
+	hint := fmt.Sprintf("the KMS does not offer %s with %s: try", o.algorithm, o.pairSpec)
+	if algorithm != o.algorithm {
+		hint += " --algorithm " + algorithm
+	}
+	if pairSpec != o.pairSpec {
+		hint += " --wrapping-key-spec " + pairSpec
+	}
 	if e.Recommend != "" && !strings.Contains(e.Recommend, "://") {
-		hint += " (" + e.Recommend + ")"
+		said := e.Recommend
+		if refusal, list, ok := strings.Cut(said, "; it offers "); ok && strings.HasPrefix(refusal, "this server does not offer ") {
+			said = "it offers " + list // the refusal was said
+		}
+		hint += " (" + oneLine(said) + ")"
 	}
 	return withHint(err, "%s", hint)
+}
+
+// offers are as keyferryd lists what it answers parameters for.
+var offers = regexp.MustCompile(`\b(\w+) with (\w+)\b`)
+
+// instead is what to try where the KMS refuses this algorithm with this spec: of
+// what the error lists the one that is most like it, else the usual ones.
+func (o *importOptions) instead(err error) (algorithm, pairSpec string) {
+	var e *apiError
+	best := 0
+	if errors.As(err, &e) {
+		for _, offer := range offers.FindAllStringSubmatch(e.Recommend, -1) {
+			likeness := 1
+			switch {
+			case !slices.Contains(algorithms, offer[1]) || !slices.Contains(pairSpecs, offer[2]),
+				offer[1] == o.algorithm && offer[2] == o.pairSpec:
+				continue
+			case offer[1] == o.algorithm:
+				likeness = 3
+			case offer[2] == o.pairSpec:
+				likeness = 2
+			}
+			if likeness > best {
+				best, algorithm, pairSpec = likeness, offer[1], offer[2]
+			}
+		}
+	}
+	switch {
+	case best > 0:
+		return algorithm, pairSpec
+	case o.pairSpec != defaultPairSpec(o.algorithm):
+		return o.algorithm, defaultPairSpec(o.algorithm)
+	case o.algorithm == byok.OAEPSHA1:
+		return byok.OAEPSHA256, defaultPairSpec(byok.OAEPSHA256)
+	}
+	return byok.OAEPSHA1, defaultPairSpec(byok.OAEPSHA1)
 }
 
 // explainImport knows the one refusal that --verify mends: keyferryd takes
@@ -332,13 +384,6 @@ func (o *importOptions) explainImport(err error) error {
 func refuses(err error, parameter string) bool {
 	var e *apiError
 	return errors.As(err, &e) && e.Code == "InvalidParameter" && strings.Contains(e.Message, parameter)
-}
-
-func (o *importOptions) otherAlgorithm() string {
-	if o.algorithm == byok.OAEPSHA1 {
-		return byok.OAEPSHA256
-	}
-	return byok.OAEPSHA1
 }
 
 // explainNew says of a key that was made by this command that it is there, and
@@ -358,13 +403,13 @@ func (o *importOptions) explainNew(keyID string, err error) error {
 // again is the command line that goes on after an error with the key that was
 // made. It holds no secret, as no flag does.
 func (o *importOptions) again(keyID string, err error) string {
-	algorithm, command := o.algorithm, "keyferry import --key-id "+quote(keyID)
+	algorithm, pairSpec := o.algorithm, o.pairSpec
 	if refuses(err, "Wrapping") {
-		algorithm = o.otherAlgorithm()
+		algorithm, pairSpec = o.instead(err)
 	}
-	command += " --algorithm " + algorithm
-	if (algorithm == byok.SM2PKE) == (o.pairSpec == pairSM2) {
-		command += o.given("wrapping-key-spec")
+	command := "keyferry import --key-id " + quote(keyID) + " --algorithm " + algorithm
+	if pairSpec != defaultPairSpec(algorithm) {
+		command += " --wrapping-key-spec " + pairSpec
 	}
 	command += o.given("in", "key-spec", "expire", "credentials", "endpoint", "region", "access-key-id", "access-key-secret-file", "ca-file")
 	if o.conn.plainHTTP != nil {
