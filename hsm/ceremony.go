@@ -3,6 +3,7 @@ package hsm
 import (
 	"context"
 	"crypto/rand"
+	"crypto/subtle"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -208,10 +209,14 @@ var initialising = make(chan struct{}, 1)
 // unless its user PIN was never set: then an earlier InitToken was cut short,
 // and this one ends it with the same SO PIN.
 //
-// The PINs must have MinPINLen bytes; the slices are wiped. When ctx ends
-// InitToken returns, even where a call to the token has not; it is gone through
-// with all the same when that returns.
-func InitToken(ctx context.Context, module, label string, soPIN, userPIN func() ([]byte, error)) (serial string, err error) {
+// The PINs must differ and have MinPINLen bytes; the slices are wiped. When ctx
+// ends InitToken returns, even where a call to the token has not; it is gone
+// through with all the same when that returns.
+func InitToken(ctx context.Context, module, label string, soPIN, userPIN func() ([]byte, error), options ...InitTokenOption) (serial string, err error) {
+	var o initTokenOptions
+	for _, option := range options {
+		option(&o)
+	}
 	select {
 	case initialising <- struct{}{}:
 	case <-ctx.Done():
@@ -222,11 +227,21 @@ func InitToken(ctx context.Context, module, label string, soPIN, userPIN func() 
 		if err := ctx.Err(); err != nil {
 			return "", err
 		}
-		return initToken(module, label, soPIN, userPIN)
+		return initToken(module, label, soPIN, userPIN, o)
 	}, func(string, error) {})
 }
 
-func initToken(module, label string, soPIN, userPIN func() ([]byte, error)) (serial string, err error) {
+// InitTokenOption is for tokens that need more than others.
+type InitTokenOption func(*initTokenOptions)
+
+type initTokenOptions struct{ initArgs string }
+
+// WithInitArgs initialises the module with Config.InitArgs.
+func WithInitArgs(args string) InitTokenOption {
+	return func(o *initTokenOptions) { o.initArgs = args }
+}
+
+func initToken(module, label string, soPIN, userPIN func() ([]byte, error), o initTokenOptions) (serial string, err error) {
 	if label == "" || len(label) > 32 {
 		return "", errors.New("hsm: a token's label has 1 to 32 bytes")
 	}
@@ -240,7 +255,10 @@ func initToken(module, label string, soPIN, userPIN func() ([]byte, error)) (ser
 	if err != nil {
 		return "", err
 	}
-	mod, err := p11.Load(module, "")
+	if subtle.ConstantTimeCompare(so, user) == 1 {
+		return "", fmt.Errorf("%w: it is the user PIN, too, so whoever serves could act as the officer; take another one", ErrSOPIN)
+	}
+	mod, err := p11.Load(module, o.initArgs)
 	if err != nil {
 		return "", fmt.Errorf("%w: %v", ErrUnavailable, err)
 	}

@@ -306,6 +306,7 @@ func TestInitTokenTouchesOnlyABlankSlot(t *testing.T) {
 	for name, call := range map[string]func() (string, error){
 		"short SO PIN":   func() (string, error) { return hsm.InitToken(ctx, soft.Module, "new", short, soft.UserPIN) },
 		"short user PIN": func() (string, error) { return hsm.InitToken(ctx, soft.Module, "new", soft.SOPIN, short) },
+		"one PIN":        func() (string, error) { return hsm.InitToken(ctx, soft.Module, "new", soft.UserPIN, soft.UserPIN) },
 		"no PIN":         func() (string, error) { return hsm.InitToken(ctx, soft.Module, "new", soft.SOPIN, nil) },
 		"label taken":    func() (string, error) { return hsm.InitToken(ctx, soft.Module, soft.Label, soft.SOPIN, soft.UserPIN) },
 		"no label":       func() (string, error) { return hsm.InitToken(ctx, soft.Module, "", soft.SOPIN, soft.UserPIN) },

@@ -199,8 +199,9 @@ func TestServeOnNSS(t *testing.T) {
 		"user_pin_file: user-pin", "user_pin_file: pin").Replace(string(text))
 	s.write(t, "keyferryd.yaml", config)
 
-	_, stderr, err := s.keyferryd(t, "init")
+	made, stderr, err := s.keyferryd(t, "init", "--init-token", "--so-pin-file", s.file("so-pin"))
 	require.Error(t, err)
+	require.Contains(t, made, "is there already; it was not touched", "NSS finds it by token.init_args alone: %s", stderr)
 	require.Contains(t, stderr, "vault: {trusted: unavailable} and token: {accept: [")
 	require.Contains(t, stderr, "the PIN holds every key")
 	d, said := s.doctor(t, statusProblem)

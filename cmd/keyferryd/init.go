@@ -112,7 +112,7 @@ func (c *ceremony) initialise(ctx context.Context, cfg *config, soPIN []byte) (h
 		officer = func() ([]byte, error) { return append([]byte(nil), soPIN...), nil }
 	}
 	if c.initToken && cfg.Token.Pins.Serial == "" {
-		serial, err := hsm.InitToken(ctx, cfg.Token.Module, cfg.Token.Label, officer, userPIN)
+		serial, err := hsm.InitToken(ctx, cfg.Token.Module, cfg.Token.Label, officer, userPIN, hsm.WithInitArgs(cfg.Token.InitArgs))
 		switch {
 		case errors.Is(err, hsm.ErrUntrusted): // one of that label is there
 			c.say("The token %q is there already; it was not touched.", cfg.Token.Label)
