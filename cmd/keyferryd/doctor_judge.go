@@ -1,7 +1,9 @@
 package main
 
 import (
+	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/keyferry/keyferry/hsm"
 	"github.com/keyferry/keyferry/softhsm"
@@ -69,12 +71,21 @@ func (d *diagnosis) judge(x *hsm.Examination, cfg *config) {
 		d.warn("a tampered RSAES_PKCS1_V1_5 blob unwraps to a random key, about one in 250 of them of the right length",
 			"have customers compare the check value or the material id of what they imported")
 	}
+	var gaping []string
 	for _, h := range softhsm.KnownHoles {
 		if h.Closed == "" {
 			d.Limits = append(d.Limits, h.Limit)
-		} else {
-			d.Holes = append(d.Holes, hole{ID: h.ID, Limit: h.Limit, State: stateOf(h.ID, x)})
+			continue
 		}
+		state := stateOf(h.ID, x)
+		d.Holes = append(d.Holes, hole{ID: h.ID, Limit: h.Limit, State: state})
+		if state == "listed" && h.ID[0] == 'T' {
+			gaping = append(gaping, h.ID)
+		}
+	}
+	if len(gaping) > 0 {
+		d.warn(fmt.Sprintf("whoever has the user PIN and loads the module of this SoftHSM2 has every key (holes %s)", strings.Join(gaping, ", ")),
+			"use an HSM; or, for tests, the SoftHSM2 of \"make softhsm\"")
 	}
 }
 

@@ -103,6 +103,7 @@ func TestDoctor(t *testing.T) {
 			}
 			require.Equal(t, want, h.State, h.ID)
 		}
+		require.Equal(t, said == "listed", strings.Contains(text, "has every key (holes T9, T12, T13, T14, T15, T16)"))
 		pin, err := os.ReadFile(s.file("user-pin"))
 		require.NoError(t, err)
 		require.NotContains(t, text, strings.TrimSpace(string(pin)))
