@@ -9,6 +9,7 @@ import (
 	"os/signal"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -31,7 +32,8 @@ type bulk struct {
 	std      *streams
 	progress *progress
 
-	found map[string]string // KeyIds of keys that earlier runs have made, by their mark
+	offered atomic.Bool       // the KMS has given parameters for import in this run
+	found   map[string]string // KeyIds of keys that earlier runs have made, by their mark
 }
 
 // bulkReport is what became of the items of a manifest.
@@ -179,6 +181,9 @@ func (b *bulk) tell(report *bulkReport, err error) error {
 		err = errors.Join(err, told)
 	}
 	switch {
+	case err != nil && refuses(err, "Wrapping"):
+		return withHint(fmt.Errorf("the import has ended early: %w", err),
+			"%sto go on, run the command again with that: the keys that were made are used", hintOf(err))
 	case err != nil:
 		return withHint(fmt.Errorf("the import has ended early: %w", err), "%sto go on, run the same command again", hintOf(err))
 	case report.Failed > 0:

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"testing"
 
 	"github.com/stretchr/testify/require"
@@ -28,6 +27,6 @@ func TestInstead(t *testing.T) {
 		Recommend: "this server does not offer RSAES_OAEP_SHA_1 with RSA_3072; it offers SM2PKE with EC_SM2",
 	})
 	var hinted *hintedError
-	require.True(t, errors.As(err, &hinted))
+	require.ErrorAs(t, err, &hinted)
 	require.Equal(t, "the KMS does not offer RSAES_OAEP_SHA_1 with RSA_3072: try --algorithm SM2PKE --wrapping-key-spec EC_SM2 (it offers SM2PKE with EC_SM2)", hinted.hint)
 }

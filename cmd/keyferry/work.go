@@ -259,7 +259,13 @@ func (w *work) wrap(ctx context.Context, material []byte, params url.Values) err
 	err := w.repeat(ctx, "GetParametersForImport", url.Values{
 		"KeyId": {w.key.KeyID}, "WrappingAlgorithm": {w.algorithm}, "WrappingKeySpec": {w.pairSpec},
 	}, &answer)
-	if err != nil {
+	switch {
+	case err == nil:
+		w.offered.Store(true)
+	case refuses(err, "Wrapping") && !w.offered.Load():
+		// Else a key would be made for every item.
+		return &abort{w.explainParameters(err)}
+	default:
 		return w.explainParameters(err)
 	}
 	spki, err := base64.StdEncoding.DecodeString(strings.TrimSpace(answer.PublicKey))
