@@ -330,7 +330,7 @@ func longEnough(kind error, read func() ([]byte, error)) func() ([]byte, error) 
 		}
 		if len(pin) < MinPINLen {
 			clear(pin)
-			return nil, fmt.Errorf("%w: it has fewer than %d bytes, so it can be guessed; take 24 random bytes in base64", kind, MinPINLen)
+			return nil, fmt.Errorf("%w: %w", kind, ErrShortPIN)
 		}
 		return pin, nil
 	}

@@ -22,6 +22,9 @@ var (
 	// again until a person has acted and the Token is opened anew.
 	ErrPIN = errors.New("hsm: PIN refused")
 
+	// ErrShortPIN: a PIN has fewer than MinPINLen bytes. The token was not shown it.
+	ErrShortPIN = fmt.Errorf("it has fewer than %d bytes, so it can be guessed; take 24 random bytes in base64", MinPINLen)
+
 	// ErrSOPIN is the ErrPIN that is about the security officer's.
 	ErrSOPIN = fmt.Errorf("%w: the security officer's", ErrPIN)
 

@@ -147,4 +147,11 @@ func TestHealthOfARefusedPIN(t *testing.T) {
 	}
 	require.InDelta(t, 1, metric, 0)
 	require.Equal(t, logins, w.tap.Calls()["C_Login"], "the PIN is not tried again")
+
+	// One that init would not have taken costs no try.
+	require.NoError(t, os.WriteFile(w.cfg.Token.UserPINFile, []byte("1234"), 0o600))
+	_, err = openToken(t.Context(), &w.cfg, slog.New(slog.DiscardHandler))
+	require.ErrorIs(t, err, hsm.ErrShortPIN)
+	require.ErrorContains(t, err, "(the token was not shown what is there)")
+	require.Equal(t, logins, w.tap.Calls()["C_Login"])
 }

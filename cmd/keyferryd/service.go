@@ -124,8 +124,22 @@ func openToken(ctx context.Context, cfg *config, log *slog.Logger) (*hsm.Token, 
 	if err != nil {
 		return nil, err
 	}
+	open.PIN = longEnough(open.PIN)
 	token, err := hsm.Open(ctx, open)
 	return token, tokenAdvice(err, cfg)
+}
+
+// longEnough refuses a PIN that init would not have taken, before the token
+// counts a try.
+func longEnough(read func() ([]byte, error)) func() ([]byte, error) {
+	return func() ([]byte, error) {
+		pin, err := read()
+		if err == nil && len(pin) < hsm.MinPINLen {
+			clear(pin)
+			return nil, fmt.Errorf("%w: %w", hsm.ErrPIN, hsm.ErrShortPIN)
+		}
+		return pin, err
+	}
 }
 
 // checkModule is here because the loader's own words for a missing file help
@@ -145,6 +159,8 @@ func tokenAdvice(err error, cfg *config) error {
 		return nil
 	case errors.As(err, &lacks):
 		return fmt.Errorf("%w: in the configuration that is %s", err, acceptance(lacks.Needs, cfg))
+	case errors.Is(err, hsm.ErrShortPIN):
+		return fmt.Errorf("%w: put the token's PIN into %s (the token was not shown what is there)", err, cfg.Token.UserPINFile)
 	case errors.Is(err, hsm.ErrSOPIN):
 		return fmt.Errorf("%w: name a file with the right one with --so-pin-file (no PIN is tried twice)", err)
 	case errors.Is(err, hsm.ErrPIN):
