@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"fmt"
 
+	"github.com/mattn/go-isatty"
 	"github.com/spf13/cobra"
 
 	"github.com/keyferry/keyferry/engine/byok"
@@ -23,15 +24,18 @@ the same material can be imported into a key again.`,
 		Args:    noArguments,
 		RunE:    failing(func(context.Context) error { return generate(std, out, keySpec) }),
 	}
-	cmd.Flags().StringVar(&out, "out", "", "new `FILE` for the key material")
+	cmd.Flags().StringVar(&out, "out", "", "new `FILE` for the key material, - for standard output, which is no terminal")
 	registerKeySpec(cmd, &keySpec)
 	markRequired(cmd, "out")
 	return cmd
 }
 
 func generate(std *streams, out, keySpec string) error {
-	if byok.MaterialLen(keySpec) == 0 {
+	switch {
+	case byok.MaterialLen(keySpec) == 0:
 		return unknownKeySpec(keySpec)
+	case out == stdio && isatty.IsTerminal(std.out.Fd()):
+		return withHint(usage("key material is not written to a terminal"), "give --out FILE, or a pipe")
 	}
 	material := make([]byte, byok.MaterialLen(keySpec))
 	defer wipe(material)
@@ -42,10 +46,11 @@ func generate(std *streams, out, keySpec string) error {
 	if err != nil {
 		return err
 	}
-	if err := createFile(out, material); err != nil {
+	if err := std.writeOut(out, material); err != nil {
 		return err
 	}
-	return std.report(
+	return std.reportBeside(
+		out,
 		struct {
 			File    string `json:"file"`
 			KeySpec string `json:"key_spec"`

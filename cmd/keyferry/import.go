@@ -149,7 +149,7 @@ func (o *importOptions) run(ctx context.Context, std *streams) error {
 		return err
 	}
 	if o.receipt != "" {
-		if err := writeReceipt(ctx, c, o.receipt, url.Values{"KeyId": {report.KeyID}}); err != nil {
+		if err := writeReceipt(ctx, std, c, o.receipt, url.Values{"KeyId": {report.KeyID}}); err != nil {
 			return withHint(fmt.Errorf("the material was imported into key %s, but no receipt was written: %w", report.KeyID, err),
 				"to fetch it: keyferry receipt get --key-id %s --out FILE", report.KeyID)
 		}
@@ -181,6 +181,8 @@ func (o *importOptions) validate() error {
 		return usage("--description and --protection-level are for a new key, and --key-id names one")
 	case o.keySpec != "" && byok.MaterialLen(o.keySpec) == 0:
 		return unknownKeySpec(o.keySpec)
+	case o.receipt == stdio || o.results == stdio:
+		return usage("--receipt and --results are names of files: standard output has the report")
 	case o.manifest == "" && o.results != "":
 		return usage("--results goes with --manifest")
 	case !slices.Contains(algorithms, o.algorithm):

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"strings"
 	"text/tabwriter"
@@ -15,17 +16,28 @@ type row struct{ name, value string }
 
 // report writes a result: as a JSON object if that was asked for, else as
 // rows, of which a lone nameless one is just its value.
-func (s *streams) report(object any, rows ...row) error {
+func (s *streams) report(object any, rows ...row) error { return s.reportTo(s.out, object, rows...) }
+
+// reportBeside is report of what is in the named output. If that is standard
+// output, the report is on standard error.
+func (s *streams) reportBeside(name string, object any, rows ...row) error {
+	if name == stdio {
+		return s.reportTo(s.err, object, rows...)
+	}
+	return s.report(object, rows...)
+}
+
+func (s *streams) reportTo(out io.Writer, object any, rows ...row) error {
 	if s.json {
-		e := json.NewEncoder(s.out)
+		e := json.NewEncoder(out)
 		e.SetEscapeHTML(false)
 		return e.Encode(object)
 	}
 	if len(rows) == 1 && rows[0].name == "" {
-		_, err := fmt.Fprintln(s.out, printable(rows[0].value))
+		_, err := fmt.Fprintln(out, printable(rows[0].value))
 		return err
 	}
-	w := tabwriter.NewWriter(s.out, 0, 0, 2, ' ', 0)
+	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	for _, r := range rows {
 		fmt.Fprintf(w, "%s:\t%s\n", r.name, orNone(oneLine(r.value)))
 	}
@@ -68,4 +80,14 @@ func createFile(name string, data []byte) error {
 	}
 	_, err = f.Write(data)
 	return errors.Join(err, f.Sync(), f.Close())
+}
+
+// writeOut writes to standard output if the name is that, else to a new file as
+// createFile does.
+func (s *streams) writeOut(name string, data []byte) error {
+	if name != stdio {
+		return createFile(name, data)
+	}
+	_, err := s.out.Write(data)
+	return err
 }

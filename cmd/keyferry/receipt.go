@@ -58,7 +58,7 @@ too. With --since it holds the proof that the log continues an older one.`,
 			if err != nil {
 				return err
 			}
-			return writeReceipt(ctx, c, out, params)
+			return writeReceipt(ctx, std, c, out, params)
 		}),
 	}
 	conn.register(cmd)
@@ -66,15 +66,15 @@ too. With --since it holds the proof that the log continues an older one.`,
 	f.StringVar(&keyID, "key-id", "", "`KeyId` of the key")
 	f.StringVar(&requestID, "request-id", "", "`RequestId` of the import (default: the last import)")
 	f.StringVar(&since, "since", "", "`FILE` with an older receipt or log of this KMS")
-	f.StringVar(&out, "out", "", "`FILE` to write the receipt to; it must not exist")
+	f.StringVar(&out, "out", "", "`FILE` to write the receipt to, which must not exist; - for standard output")
 	markRequired(cmd, "key-id")
 	markRequired(cmd, "out")
 	return cmd
 }
 
-// writeReceipt fetches a receipt into a new file. It verifies nothing, as it
+// writeReceipt fetches a receipt into a new file, or to standard output. It verifies nothing, as it
 // knows no pinned key.
-func writeReceipt(ctx context.Context, c *client, out string, params url.Values) error {
+func writeReceipt(ctx context.Context, std *streams, c *client, out string, params url.Values) error {
 	var answer struct {
 		Index            int64
 		Entry, Head      string
@@ -100,7 +100,7 @@ func writeReceipt(ctx context.Context, c *client, out string, params url.Values)
 	if err != nil {
 		return err
 	}
-	return createFile(out, append(text, '\n'))
+	return std.writeOut(out, append(text, '\n'))
 }
 
 func newReceiptLog(std *streams) *cobra.Command {
@@ -119,23 +119,23 @@ or altered.`,
 			if err != nil {
 				return err
 			}
-			n, err := downloadLog(ctx, c, out)
+			n, err := downloadLog(ctx, std, c, out)
 			if err != nil {
 				return err
 			}
-			return std.report(struct {
+			return std.reportBeside(out, struct {
 				Entries int64 `json:"entries"`
 			}{n}, row{"Entries", strconv.FormatInt(n, 10)})
 		}),
 	}
 	conn.register(cmd)
-	cmd.Flags().StringVar(&out, "out", "", "`FILE` to write the log to; it must not exist")
+	cmd.Flags().StringVar(&out, "out", "", "`FILE` to write the log to, which must not exist; - for standard output")
 	markRequired(cmd, "out")
 	return cmd
 }
 
 // downloadLog writes a log as far as the head reaches that it began with.
-func downloadLog(ctx context.Context, c *client, out string) (entries int64, err error) {
+func downloadLog(ctx context.Context, std *streams, c *client, out string) (entries int64, err error) {
 	var head struct {
 		Head, PublicKey string
 		Size            int64
@@ -154,19 +154,22 @@ func downloadLog(ctx context.Context, c *client, out string) (entries int64, err
 	if err != nil {
 		return 0, fmt.Errorf("GetReceiptLogHead: %w", err)
 	}
-	f, err := os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if errors.Is(err, os.ErrExist) {
-		return 0, withHint(fmt.Errorf("%s is there already", out), "give another name")
-	}
-	if err != nil {
-		return 0, err
-	}
-	defer func() {
-		err = errors.Join(err, f.Sync(), f.Close())
-		if err != nil {
-			err = errors.Join(err, os.Remove(out)) // half a log would look like one that was cut
+	f := std.out
+	if out != stdio {
+		f, err = os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+		if errors.Is(err, os.ErrExist) {
+			return 0, withHint(fmt.Errorf("%s is there already", out), "give another name")
 		}
-	}()
+		if err != nil {
+			return 0, err
+		}
+		defer func() {
+			err = errors.Join(err, f.Sync(), f.Close())
+			if err != nil {
+				err = errors.Join(err, os.Remove(out)) // half a log would look like one that was cut
+			}
+		}()
+	}
 	w, err := receipt.NewLogWriter(f, []byte(head.Head), key)
 	for entries < head.Size && err == nil {
 		var page struct {
