@@ -136,8 +136,11 @@ func (o *importOptions) run(ctx context.Context, std *streams) error {
 	}
 	defer wipe(material)
 	if o.receipt != "" { // nor for a receipt that has no place
-		if _, err := os.Lstat(o.receipt); err == nil {
+		switch err := tryFile(o.receipt); {
+		case errors.Is(err, os.ErrExist):
 			return withHint(fmt.Errorf("%s is there already, nothing was imported", o.receipt), "give another name to --receipt")
+		case err != nil:
+			return withHint(fmt.Errorf("no receipt could be written, nothing was imported: %w", err), "give --receipt a name in a directory that is there and that you may write to")
 		}
 	}
 	key, err := o.key(ctx, std, c, material)

@@ -82,6 +82,15 @@ func createFile(name string, data []byte) error {
 	return errors.Join(err, f.Sync(), f.Close())
 }
 
+// tryFile reports whether createFile can make a file, of which nothing is left.
+func tryFile(name string) error {
+	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return err
+	}
+	return errors.Join(f.Close(), os.Remove(name))
+}
+
 // writeOut writes to standard output if the name is that, else to a new file as
 // createFile does.
 func (s *streams) writeOut(name string, data []byte) error {
