@@ -213,7 +213,7 @@ func (j *journal) resume(name string, data []byte, endpoint, accessKeyID string)
 		var r result
 		if json.Unmarshal(line, &r) != nil || r.Name == "" {
 			return withHint(fmt.Errorf("%s: line %d is damaged", name, n),
-				"take that line out; with a new file the keys that were made would be made again")
+				"take that line out, as with sed -i %dd %s, and run the same command again: what the line was about is found again in the KMS; with a new file the keys that were made would be made again", n, quote(name))
 		}
 		j.remember(r)
 	}
