@@ -62,7 +62,7 @@ func (c *ceremony) run(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	if err := cfg.validateToken(); err != nil {
+	if err := cfg.validateUnpinned(); err != nil {
 		return fmt.Errorf("%s: %w", c.config, err)
 	}
 	if c.initToken && c.soPINFile == "" {
