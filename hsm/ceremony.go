@@ -192,8 +192,7 @@ func present(s *p11.Session, r rules, proven sm, pinned Pins) (out Pins, err err
 			}
 		}
 		if kind.want != (Fingerprint{}) && *kind.out != kind.want {
-			return Pins{}, fmt.Errorf("%w: the pinned %s key %s is not on the token; restore the token's backup, or remove the pin if its loss is accepted",
-				ErrUntrusted, kind.name, kind.want)
+			return Pins{}, fmt.Errorf("%w: %w", ErrUntrusted, &PinnedKeyError{kind.name + " key", kind.want})
 		}
 	}
 	return out, nil

@@ -22,7 +22,8 @@ var (
 	// again until a person has acted and the Token is opened anew.
 	ErrPIN = errors.New("hsm: PIN refused")
 
-	// ErrShortPIN: a PIN has fewer than MinPINLen bytes. The token was not shown it.
+	// ErrShortPIN is within an ErrPIN that is about a PIN of fewer than MinPINLen
+	// bytes, which the token was not shown.
 	ErrShortPIN = fmt.Errorf("it has fewer than %d bytes, so it can be guessed; take 24 random bytes in base64", MinPINLen)
 
 	// ErrSOPIN is the ErrPIN that is about the security officer's.
@@ -60,3 +61,14 @@ var (
 	// ErrClosed: the Token was closed.
 	ErrClosed = errors.New("hsm: token is closed")
 )
+
+// PinnedKeyError is within the error of a token that is there and has not a key
+// that is pinned.
+type PinnedKeyError struct {
+	Key string // what it is for, as messages have it
+	Pin Fingerprint
+}
+
+func (e *PinnedKeyError) Error() string {
+	return fmt.Sprintf("the pinned key %s (%s) is not on the token", e.Pin, e.Key)
+}

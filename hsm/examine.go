@@ -199,7 +199,7 @@ func (x *Examination) keys(s *p11.Session, r rules, pins Pins) error {
 		slices.SortFunc(k.Found, func(a, b Fingerprint) int { return slices.Compare(a[:], b[:]) })
 		k.Found = slices.Compact(k.Found) // copies of one key are one key
 		if k.Err == nil && k.Pinned != (Fingerprint{}) && !slices.Contains(k.Found, k.Pinned) {
-			k.Err = fmt.Errorf("%w: the pinned key %s is not on the token", ErrUntrusted, k.Pinned)
+			k.Err = fmt.Errorf("%w: %w", ErrUntrusted, &PinnedKeyError{k.Name, k.Pinned})
 		}
 	}
 	return nil

@@ -64,10 +64,13 @@ func (c *connection) findKeys(s *p11.Session) error {
 		}
 	}
 	if c.vaults[AES256] == nil {
-		return fmt.Errorf("%w: the token has no vault key %s; run init, or correct the pin", ErrUnavailable, pins.VaultAES)
+		return fmt.Errorf("%w: %w", ErrUnavailable, &PinnedKeyError{"AES-256 vault", pins.VaultAES})
 	}
 	if c.vaults[SM4] == nil && pins.VaultSM4 != (Fingerprint{}) {
-		return fmt.Errorf("%w: the token has no SM4 vault key %s, or no SM4 (%w)", ErrUnavailable, pins.VaultSM4, c.sm.sm4)
+		if c.sm.sm4 != nil {
+			return fmt.Errorf("%w: the SM4 vault is pinned, and %w", ErrUnavailable, c.sm.sm4)
+		}
+		return fmt.Errorf("%w: %w", ErrUnavailable, &PinnedKeyError{"SM4 vault", pins.VaultSM4})
 	}
 	macs, handles, err := macKeys(s, c.rules)
 	if err != nil {
@@ -76,7 +79,7 @@ func (c *connection) findKeys(s *p11.Session) error {
 	if i := slices.Index(macs, pins.MACKey); i >= 0 {
 		c.mac = handles[i]
 	} else {
-		return fmt.Errorf("%w: the token has no MAC key %s; run init, or correct the pin", ErrUnavailable, pins.MACKey)
+		return fmt.Errorf("%w: %w", ErrUnavailable, &PinnedKeyError{"MAC key", pins.MACKey})
 	}
 	return c.findReceiptKey(s)
 }

@@ -76,7 +76,7 @@ func (c *connection) findReceiptKey(s *p11.Session) error {
 	if err != nil {
 		return err
 	}
-	return fmt.Errorf("%w: the token has no receipt key %s; run init, or correct the pin", ErrUnavailable, pin)
+	return fmt.Errorf("%w: %w", ErrUnavailable, &PinnedKeyError{"receipt key", pin})
 }
 
 // signatureDER turns r ‖ s, as PKCS#11 has ECDSA signatures, into DER.

@@ -204,7 +204,7 @@ func (d *diagnosis) unexamined(err error, cfg *config) {
 	case errors.Is(err, hsm.ErrUnavailable) && softHSMConf(cfg) != "":
 		d.problem(err.Error(), "%s", softHSMConf(cfg))
 	default:
-		d.problem(err.Error(), "correct token.module, token.label, token.init_args and token.environment, or make the token with %q", "keyferryd init --init-token")
+		d.problem(err.Error(), "correct token.module, token.label, token.init_args and token.environment, or %s", otherwise(cfg))
 	}
 }
 

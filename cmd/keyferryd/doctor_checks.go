@@ -19,9 +19,7 @@ import (
 
 // checkConfig looks at the file itself.
 func (d *diagnosis) checkConfig(cfg *config, path string) {
-	pinned := *cfg
-	pinned.Token.Pins = pinsOf(hsm.Pins{Serial: "any", VaultAES: hsm.Fingerprint{1}, MACKey: hsm.Fingerprint{1}})
-	if err := pinned.validate(); err != nil { // what is missing in the pins is said where the keys are
+	if err := cfg.validateUnpinned(); err != nil { // what is missing in the pins is said where the keys are
 		for _, line := range strings.Split(err.Error(), "\n") {
 			d.problem(line, "correct it in %s", path)
 		}
@@ -230,8 +228,12 @@ func (d *diagnosis) checkKeys(x *hsm.Examination, cfg *config) {
 		switch {
 		case key.Err != nil:
 			out.Problem = key.Err.Error()
+			do := "restore the token's backup, or correct token.pins; \"keyferryd init\" says more"
+			if errors.As(key.Err, new(*hsm.PinnedKeyError)) {
+				do = keyGone
+			}
 			if !slices.ContainsFunc(d.Keys, func(k foundKey) bool { return k.Problem == out.Problem }) {
-				d.problem(key.Name+": "+out.Problem, "restore the token's backup, or correct token.pins; %q says more", "keyferryd init")
+				d.problem(key.Name+": "+out.Problem, "%s", do)
 			}
 		case !key.Wanted && key.Pinned == hsm.Fingerprint{}:
 		case len(key.Found) == 0:

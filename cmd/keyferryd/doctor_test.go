@@ -120,7 +120,7 @@ func TestDoctor(t *testing.T) {
 	cfg, err := parseConfig(pinned)
 	require.NoError(t, err)
 	for name, c := range map[string]struct{ old, new, says string }{
-		"another vault":                {cfg.Token.Pins.VaultAES.String(), strings.Repeat("11", 32), "the pinned key 1111"},
+		"another vault":                {cfg.Token.Pins.VaultAES.String(), strings.Repeat("11", 32), "not on the token"},
 		"another serial":               {cfg.Token.Pins.Serial, "0000000000000000", "not the pinned"},
 		"wrong PIN":                    {"user_pin_file: user-pin", "user_pin_file: so-pin", "it was tried once"},
 		"guessable secret":             {"secret_file: secret", "secret_file: short", "can be guessed"},

@@ -196,9 +196,10 @@ func TestServeRefusesTheWrongToken(t *testing.T) {
 	for name, c := range map[string]struct{ old, new, says string }{
 		"missing module": {cfg.Token.Module, "/nowhere/libsofthsm2.so", `no PKCS#11 module at /nowhere/libsofthsm2\.so: install it, or name the right file in token\.module`},
 		"not a module":   {cfg.Token.Module, s.file("user-pin"), `check token\.module`},
-		"other label":    {"label: site", "label: another", `no initialised token labelled "another".*keyferryd init --init-token`},
+		"other label":    {"label: site", "label: another", `no initialised token labelled "another".*restore its backup.*remove token\.pins$`},
 		"other serial":   {pins.Serial, strings.Repeat("0", len(pins.Serial)), `serial.*not the pinned.*check that token\.module, token\.label and token\.pins`},
 		"other vault":    {pins.VaultAES.String(), strings.Repeat("11", 32), `(?i)vault.*token\.pins`},
+		"other MAC key":  {pins.MACKey.String(), strings.Repeat("11", 32), `\(MAC key\) is not on the token: restore the token's backup.*remove token\.pins and run "keyferryd init"$`},
 		"short secret":   {"secret_file: secret", "secret_file: short", `the secret of access key tester can be guessed: put at least 16 random characters into .*/short`},
 		"no PIN file":    {"user_pin_file: user-pin", "user_pin_file: gone", `gone: no such file`},
 		"wrong PIN":      {"user_pin_file: user-pin", "user_pin_file: so-pin", `put the right PIN into .*so-pin \(it was tried once`},
@@ -206,6 +207,11 @@ func TestServeRefusesTheWrongToken(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			require.Contains(t, string(good), c.old)
 			s.write(t, "keyferryd.yaml", strings.Replace(string(good), c.old, c.new, 1))
+			if name == "other label" { // nor does init say to run itself
+				_, stderr, err := s.keyferryd(t, "init", "--init-token", "--so-pin-file", s.file("so-pin"))
+				require.Error(t, err)
+				require.Regexp(t, c.says, strings.TrimSuffix(stderr, "\n"))
+			}
 			_, stderr, err := s.keyferryd(t, "serve")
 			require.Error(t, err)
 			lines := strings.Split(strings.TrimSuffix(stderr, "\n"), "\n")

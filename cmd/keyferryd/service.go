@@ -154,6 +154,7 @@ func checkModule(path string) error {
 // tokenAdvice adds what to do to what is wrong with a token.
 func tokenAdvice(err error, cfg *config) error {
 	var lacks *hsm.ExceptionError
+	var gone *hsm.PinnedKeyError
 	switch {
 	case err == nil:
 		return nil
@@ -165,14 +166,29 @@ func tokenAdvice(err error, cfg *config) error {
 		return fmt.Errorf("%w: name a file with the right one with --so-pin-file (no PIN is tried twice)", err)
 	case errors.Is(err, hsm.ErrPIN):
 		return fmt.Errorf("%w: put the right PIN into %s (it was tried once and will not be tried again)", err, cfg.Token.UserPINFile)
+	case errors.As(err, &gone):
+		return fmt.Errorf("%w: %s", err, keyGone)
 	case errors.Is(err, hsm.ErrUntrusted):
 		return fmt.Errorf("%w: check that token.module, token.label and token.pins name the token that %q was run on", err, "keyferryd init")
 	case errors.Is(err, hsm.ErrUnavailable) && softHSMConf(cfg) != "":
 		return fmt.Errorf("%w: %s", err, softHSMConf(cfg))
 	case errors.Is(err, hsm.ErrUnavailable):
-		return fmt.Errorf("%w: check token.module, token.label and token.environment, or make the token with %q", err, "keyferryd init --init-token")
+		return fmt.Errorf("%w: check token.module, token.label, token.init_args and token.environment, or %s", err, otherwise(cfg))
 	}
 	return err
+}
+
+// keyGone is what to do where a pinned key is not on the token; init would
+// refuse, too.
+const keyGone = "restore the token's backup, or correct token.pins; to begin anew, without the keys that are gone, remove token.pins and run \"keyferryd init\""
+
+// otherwise is what to do where the configuration is right and there is no
+// token: once there was one, init makes no other in its place.
+func otherwise(cfg *config) string {
+	if cfg.Token.Pins.Serial == "" {
+		return "make the token with \"keyferryd init --init-token\""
+	}
+	return "if the token that token.pins names is gone, restore its backup; to begin anew, without the keys that it held, remove token.pins"
 }
 
 // custodyAdvice adds what to do where the token cannot keep what custody asks for.
@@ -195,7 +211,7 @@ func softHSMConf(cfg *config) string {
 	path := os.Getenv(softhsm.ConfEnv)
 	if path == "" {
 		return "SoftHSM2 looks for its configuration where its package has it, because " + softhsm.ConfEnv + " is not set; " + write +
-			", or make the token there with \"keyferryd init --init-token\""
+			", or " + otherwise(cfg)
 	}
 	file, err := os.Open(path)
 	if err != nil {
