@@ -58,7 +58,8 @@ func (o *importOptions) runManifest(ctx context.Context, std *streams) error {
 	if o.results == "" {
 		o.results = o.manifest + ".results"
 	}
-	j, err := openJournal(o.results, 0, c.url, c.cred.AccessKeyID)
+	to := target{endpoint: c.url, accessKeyID: c.cred.AccessKeyID, sameKMS: o.sameKMS}
+	j, err := openJournal(o.results, 0, to)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
@@ -68,7 +69,7 @@ func (o *importOptions) runManifest(ctx context.Context, std *streams) error {
 	}
 	items, err := readManifest(std, o.manifest, before)
 	if err == nil && j == nil { // nor did anybody make it meanwhile, or a link in its place
-		j, err = openJournal(o.results, os.O_CREATE|os.O_EXCL, c.url, c.cred.AccessKeyID)
+		j, err = openJournal(o.results, os.O_CREATE|os.O_EXCL, to)
 	}
 	if err != nil {
 		if j != nil {

@@ -73,7 +73,7 @@ func (s *site) caller(t *testing.T) *caller {
 	conn := connection{credentials: s.credentials}
 	c, err := conn.client(&streams{err: &bytes.Buffer{}})
 	require.NoError(t, err)
-	j, err := openJournal(filepath.Join(s.dir, "results"), os.O_CREATE, c.url, c.cred.AccessKeyID)
+	j, err := openJournal(filepath.Join(s.dir, "results"), os.O_CREATE, target{endpoint: c.url, accessKeyID: c.cred.AccessKeyID})
 	require.NoError(t, err)
 	t.Cleanup(func() { require.NoError(t, j.close()) })
 	b := &caller{client: c, journal: j, waiting: func(error) {}}
@@ -294,7 +294,7 @@ func TestMaterialChangedAfterACrash(t *testing.T) {
 func TestResultsAfterAFailedWrite(t *testing.T) {
 	s := newSite(t, nil)
 	name := filepath.Join(s.dir, "results")
-	j, err := openJournal(name, os.O_CREATE, "https://kms.example/", "a")
+	j, err := openJournal(name, os.O_CREATE, target{endpoint: "https://kms.example/", accessKeyID: "a"})
 	require.NoError(t, err)
 	require.NoError(t, j.add(result{Name: "first", Status: statusCreated, KeyID: "k"}))
 	require.NoError(t, j.close())
@@ -312,7 +312,7 @@ func TestResultsAfterAFailedWrite(t *testing.T) {
 	require.Error(t, j.add(result{Name: "third", Status: statusCreated}))
 	require.NoError(t, whole.Close())
 
-	j, err = openJournal(name, 0, "https://kms.example/", "a")
+	j, err = openJournal(name, 0, target{endpoint: "https://kms.example/", accessKeyID: "a"})
 	require.NoError(t, err)
 	require.Equal(t, "k", j.past["first"].keyID)
 	require.NoError(t, j.close())

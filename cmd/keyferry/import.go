@@ -36,6 +36,7 @@ type importOptions struct {
 	receipt         string
 	manifest        string
 	results         string
+	sameKMS         bool
 	parallel        int
 	cmd             *cobra.Command // knows the flags as they were given
 }
@@ -99,6 +100,7 @@ of lines that failed, 110 at most. More is in cmd/keyferry/MANIFEST.md.`,
 	f.StringVar(&o.receipt, "receipt", "", "write the receipt of the import to `FILE` (keyferryd only); to check it: keyferry receipt verify")
 	f.StringVar(&o.manifest, "manifest", "", "import what the lines of `FILE` list")
 	f.StringVar(&o.results, "results", "", "with --manifest, `FILE` for what became of each line, and to go on from (default: that of the manifest with .results added)")
+	f.BoolVar(&o.sameKMS, "same-kms", false, "with --manifest, go on from results of an import into another --endpoint, as it is the same KMS: another node, or a new name")
 	f.IntVar(&o.parallel, "parallel", defaultParallel, "with --manifest, import `N` at a time")
 	for _, single := range []string{"in", "key-id", "key-spec", "description", "protection-level", "expire", "receipt"} {
 		cmd.MarkFlagsMutuallyExclusive("manifest", single)
@@ -188,6 +190,8 @@ func (o *importOptions) validate() error {
 		return usage("--receipt and --results are names of files: standard output has the report")
 	case o.manifest == "" && o.results != "":
 		return usage("--results goes with --manifest")
+	case o.manifest == "" && o.sameKMS:
+		return usage("--same-kms goes with --manifest")
 	case !slices.Contains(algorithms, o.algorithm):
 		return withHint(usage("unknown wrapping algorithm %q", o.algorithm), "give --algorithm as one of %s", strings.Join(algorithms, ", "))
 	case !slices.Contains(pairSpecs, o.pairSpec):

@@ -97,10 +97,16 @@ type past struct {
 	failures int
 }
 
+// target is where an import goes, and as whom.
+type target struct {
+	endpoint, accessKeyID string
+	sameKMS               bool // whatever endpoint the results are of
+}
+
 // openJournal opens the results of an earlier run, or with O_CREATE makes the
 // file; without it the error may be os.ErrNotExist. Nobody else can use it until
 // close.
-func openJournal(name string, create int, endpoint, accessKeyID string) (_ *journal, err error) {
+func openJournal(name string, create int, to target) (_ *journal, err error) {
 	j := &journal{past: map[string]*past{}, opened: time.Now(), dirty: make(chan struct{}, 1), ended: make(chan error, 1)}
 	if j.file, err = os.OpenFile(name, os.O_RDWR|create, 0o600); err != nil {
 		return nil, fmt.Errorf("the results: %w", err)
@@ -135,9 +141,9 @@ func openJournal(name string, create int, endpoint, accessKeyID string) (_ *jour
 		if len(data) > 0 && !bytes.HasPrefix(data, []byte(`{"journal":"`+journalName)) {
 			return nil, notResults(name)
 		}
-		err = j.begin(name, endpoint, accessKeyID)
+		err = j.begin(name, to)
 	} else {
-		err = j.resume(name, whole, endpoint, accessKeyID)
+		err = j.resume(name, whole, to)
 	}
 	if err != nil {
 		return nil, err
@@ -154,14 +160,14 @@ func notResults(name string) error {
 }
 
 // begin makes the head durable: what is sent from now on can be found again.
-func (j *journal) begin(name, endpoint, accessKeyID string) error {
+func (j *journal) begin(name string, to target) error {
 	run := make([]byte, 16)
 	if _, err := rand.Read(run); err != nil {
 		return fmt.Errorf("drawing random bytes: %w", err)
 	}
 	j.head = journalHead{
 		Journal: journalName, Version: journalVersion, Run: hex.EncodeToString(run),
-		Started: time.Now().UTC().Truncate(time.Second), Endpoint: endpoint, AccessKeyID: accessKeyID,
+		Started: time.Now().UTC().Truncate(time.Second), Endpoint: to.endpoint, AccessKeyID: to.accessKeyID,
 	}
 	if err := j.cut(0); err != nil {
 		return err
@@ -200,7 +206,7 @@ func syncDir(name string) error {
 }
 
 // resume reads what earlier runs have done.
-func (j *journal) resume(name string, data []byte, endpoint, accessKeyID string) error {
+func (j *journal) resume(name string, data []byte, to target) error {
 	n := 0
 	for line := range bytes.Lines(data) {
 		n++
@@ -220,9 +226,12 @@ func (j *journal) resume(name string, data []byte, endpoint, accessKeyID string)
 	switch h := &j.head; {
 	case h.Version != journalVersion:
 		return withHint(fmt.Errorf("%s is of another version of keyferry", name), "give another name to --results")
-	case h.Endpoint != endpoint || h.AccessKeyID != accessKeyID:
+	case h.AccessKeyID != to.accessKeyID:
 		return withHint(fmt.Errorf("%s is of an import into %s by access key %s", name, h.Endpoint, h.AccessKeyID),
-			"give another name to --results; if it is the same KMS at another address, change the first line of the file")
+			"go on with that access key, or give another name to --results; if it was replaced in the same KMS, change the first line of the file")
+	case h.Endpoint != to.endpoint && !to.sameKMS:
+		return withHint(fmt.Errorf("%s is of an import into %s", name, h.Endpoint),
+			"give another name to --results; if %s is the same KMS, as another node on its store is, give --same-kms", to.endpoint)
 	}
 	j.resumed = true
 	return j.cut(len(data))

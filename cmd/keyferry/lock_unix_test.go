@@ -17,14 +17,14 @@ import (
 func TestResultsOfSomeoneElse(t *testing.T) {
 	dir := t.TempDir()
 	open := func(name string) error {
-		j, err := openJournal(name, os.O_CREATE, "https://kms.example/", "a")
+		j, err := openJournal(name, os.O_CREATE, target{endpoint: "https://kms.example/", accessKeyID: "a"})
 		if err == nil {
 			require.NoError(t, j.close())
 		}
 		return err
 	}
 	name := filepath.Join(dir, "results")
-	first, err := openJournal(name, os.O_CREATE, "https://kms.example/", "a")
+	first, err := openJournal(name, os.O_CREATE, target{endpoint: "https://kms.example/", accessKeyID: "a"})
 	require.NoError(t, err)
 	require.ErrorContains(t, open(name), "in use by another import")
 	require.NoError(t, first.close())
