@@ -89,7 +89,11 @@ func (d *diagnosis) checkStore(ctx context.Context, cfg *config) {
 		if err == nil {
 			err = db.Close()
 		}
-		if err != nil {
+		var known *adviceError
+		switch {
+		case errors.As(err, &known):
+			d.problem(known.What, "%s", known.Do)
+		case err != nil:
 			d.problem(err.Error(), "correct store.postgres")
 		}
 		return

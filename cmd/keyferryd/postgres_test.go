@@ -58,7 +58,9 @@ func TestMigrateAndServe(t *testing.T) {
 	require.Contains(t, s.init(t, "--init-token", "--so-pin-file", s.file("so-pin")), `with "keyferryd migrate"`)
 	_, stderr, err := s.keyferryd(t, "serve")
 	require.Error(t, err)
-	require.Regexp(t, `\Akeyferryd: the database has schema version 0 and this program needs version \d+: back it up and run "keyferryd migrate" once[^\n]*\n\z`, stderr)
+	require.Regexp(t, `\Akeyferryd: the database has no tables yet: run "keyferryd migrate" once\n\z`, stderr)
+	d, _ := s.doctor(t, statusProblem)
+	require.Equal(t, []advice{{"the database has no tables yet", `run "keyferryd migrate" once`}}, d.Problems)
 
 	stdout, stderr, err := s.keyferryd(t, "migrate")
 	require.NoError(t, err, stderr)

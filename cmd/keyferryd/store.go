@@ -120,13 +120,22 @@ func openStore(ctx context.Context, cfg *storeConfig, log *slog.Logger) (store.S
 	return s, nil
 }
 
+// adviceError is an error that knows what to do.
+type adviceError advice
+
+func (e *adviceError) Error() string { return e.What + ": " + e.Do }
+
 // storeAdvice adds what to do to what is wrong with a PostgreSQL.
 func storeAdvice(err error) error {
 	var schema *postgres.SchemaError
 	switch {
+	case errors.As(err, &schema) && schema.Have == 0:
+		return &adviceError{"the database has no tables yet", `run "keyferryd migrate" once`}
 	case errors.As(err, &schema) && schema.Have < schema.Want:
-		return fmt.Errorf("the database has schema version %d and this program needs version %d: back it up and run %q once, or restore the database that was here",
-			schema.Have, schema.Want, "keyferryd migrate")
+		return &adviceError{
+			fmt.Sprintf("the database has schema version %d and this program needs version %d", schema.Have, schema.Want),
+			`back it up and run "keyferryd migrate" once, or restore the database that was here`,
+		}
 	case errors.As(err, &schema):
 		return err
 	case errors.Is(err, store.ErrUnavailable):
