@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/signal"
 	"path/filepath"
+	"syscall"
 
 	"github.com/spf13/cobra"
 
@@ -32,6 +34,21 @@ each did what it says.`,
 }
 
 func demo(ctx context.Context, module string, out io.Writer) (err error) {
+	// No signal that can be caught ends this process before the server and the
+	// directory are gone, not the second one, nor that of a closed output: that
+	// is an error of the write, and ends the walk.
+	caught := make(chan os.Signal, 1)
+	signal.Notify(caught, syscall.SIGPIPE, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(caught)
+	if !signal.Ignored(syscall.SIGHUP) {
+		var stop context.CancelFunc
+		ctx, stop = signal.NotifyContext(ctx, syscall.SIGHUP)
+		defer stop()
+	}
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	out = &watchedWriter{out, fail}
+
 	dir, err := os.MkdirTemp("", "keyferry-demo-")
 	if err != nil {
 		return err
@@ -75,6 +92,9 @@ func demo(ctx context.Context, module string, out io.Writer) (err error) {
 	if err == nil && hasSM {
 		err = w.lifeOfSM4(ctx)
 	}
+	if unread := (*outputError)(nil); errors.As(context.Cause(ctx), &unread) {
+		return unread
+	}
 	if err != nil {
 		return fmt.Errorf("step %d did not do what it says: %w", w.step, err)
 	}
@@ -84,6 +104,26 @@ func demo(ctx context.Context, module string, out io.Writer) (err error) {
 	_, err = fmt.Fprintf(out, farewell, module, algorithm)
 	return err
 }
+
+// watchedWriter tells of the first write that fails.
+type watchedWriter struct {
+	io.Writer
+	failed context.CancelCauseFunc
+}
+
+func (w *watchedWriter) Write(p []byte) (int, error) {
+	n, err := w.Writer.Write(p)
+	if err != nil {
+		w.failed(&outputError{err})
+	}
+	return n, err
+}
+
+// outputError: nobody reads the output any more.
+type outputError struct{ err error }
+
+func (e *outputError) Error() string { return "the output was closed: " + e.err.Error() }
+func (e *outputError) Unwrap() error { return e.err }
 
 const farewell = `
 Every step did what it says. The server of this demo is stopped and its token is

@@ -15,6 +15,7 @@ import (
 
 // serverProcess is a keyferryd that another one started.
 type serverProcess struct {
+	ctx   context.Context //nolint:containedctx // it ends the process, too
 	cmd   *exec.Cmd
 	ready string // its line on standard output
 	log   *bytes.Buffer
@@ -23,7 +24,7 @@ type serverProcess struct {
 // startServer starts exe and waits until it says that it is ready. If it ends
 // instead, the error is what it said last.
 func startServer(ctx context.Context, exe string, args ...string) (*serverProcess, error) {
-	p := &serverProcess{cmd: exec.CommandContext(ctx, exe, args...), log: &bytes.Buffer{}}
+	p := &serverProcess{ctx: ctx, cmd: exec.CommandContext(ctx, exe, args...), log: &bytes.Buffer{}}
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
 	p.cmd.WaitDelay = shutdownTimeout + 10*time.Second
 	p.cmd.Stderr = p.log
@@ -49,10 +50,12 @@ func startServer(ctx context.Context, exe string, args ...string) (*serverProces
 
 // stop ends the server in good order.
 func (p *serverProcess) stop() error {
-	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
-		return err
+	if p.ctx.Err() == nil { // else it has the signal, and a second one would end it at once
+		if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+			return err
+		}
 	}
-	if err := p.cmd.Wait(); err != nil {
+	if err := p.cmd.Wait(); err != nil && !errors.Is(err, p.ctx.Err()) {
 		return fmt.Errorf("the server did not end well: %w", err)
 	}
 	return nil
