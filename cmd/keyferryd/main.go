@@ -12,8 +12,9 @@
 //	keyferryd receipt-key  print the public key that receipts are verified with
 //
 // A command that fails writes one line to standard error, saying what is wrong
-// and what to do, and exits with status 1; doctor exits with 2 where it found a
-// problem, and init with 3 where a key waits to be marked by the vendor's tool.
+// and what to do, and exits with status 1, or 2 if the command line is at fault;
+// doctor exits with 2 where it found a problem, too, and init with 3 where a key
+// waits to be marked by the vendor's tool.
 package main
 
 import (
@@ -31,6 +32,7 @@ import (
 
 // The exit statuses of commands that have failed in ways of their own.
 const (
+	statusUsage   = 2 // the command line is at fault
 	statusProblem = 2 // doctor found a problem
 	statusMark    = 3 // init stopped for a key to be marked
 )
@@ -58,20 +60,52 @@ func execute(ctx context.Context, args []string, stdin io.Reader, stdout, stderr
 		Short:         "Let customers bring their own keys into a PKCS#11 token",
 		SilenceErrors: true,
 		SilenceUsage:  true,
+
+		SuggestionsMinimumDistance: 1,
 	}
 	root.AddCommand(initCommand(), migrateCommand(), serveCommand(), devCommand(), demoCommand(), doctorCommand(), benchCommand(), healthCommand(), receiptKeyCommand())
+	ran := false // until then all that fails is the command line
+	for _, cmd := range root.Commands() {
+		run := cmd.RunE
+		cmd.RunE = func(cmd *cobra.Command, args []string) error {
+			ran = true
+			return run(cmd, args)
+		}
+	}
 	root.SetArgs(args)
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	if err := root.ExecuteContext(ctx); err != nil {
-		// One line, also where several things are wrong.
-		_, _ = fmt.Fprintln(stderr, "keyferryd: "+strings.ReplaceAll(err.Error(), "\n", "; "))
-		var own *statusError
-		if errors.As(err, &own) {
-			return own.status
-		}
-		return 1
+	cmd, err := root.ExecuteContextC(ctx)
+	if err == nil {
+		return 0
 	}
-	return 0
+	said := "keyferryd: " + oneLine(err.Error())
+	if !ran {
+		_, _ = fmt.Fprintf(stderr, "%s; see %s --help\n", said, cmd.CommandPath())
+		return statusUsage
+	}
+	_, _ = fmt.Fprintln(stderr, said)
+	var own *statusError
+	if errors.As(err, &own) {
+		return own.status
+	}
+	return 1
+}
+
+// oneLine has the lines of a text, where several things are wrong, in one.
+func oneLine(text string) string {
+	var out strings.Builder
+	for line := range strings.Lines(text) {
+		line = strings.TrimSpace(line)
+		switch {
+		case line == "" || out.Len() == 0:
+		case strings.HasSuffix(out.String(), "?"): // "Did you mean this?"
+			out.WriteString(" ")
+		default:
+			out.WriteString("; ")
+		}
+		out.WriteString(line)
+	}
+	return out.String()
 }
