@@ -46,7 +46,10 @@ func (t *Token) SignReceipt(ctx context.Context, digest [sha256.Size]byte) ([]by
 		signature, err = signatureDER(raw)
 		return err
 	})
-	return signature, err
+	if err != nil {
+		return nil, err
+	}
+	return signature, nil
 }
 
 var errNoReceiptKey = fmt.Errorf("%w: no receipt key is pinned; run init to make one", ErrUnsupported)
