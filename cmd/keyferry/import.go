@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/url"
@@ -246,29 +244,16 @@ func (o *importOptions) create(ctx context.Context, c *client, keySpec string) (
 }
 
 func (o *importOptions) importInto(ctx context.Context, c *client, key keyMetadata, material []byte, expireAt time.Time) (importReport, error) {
-	kcv, err := byok.KCV(key.KeySpec, material)
+	kcv, materialID, err := key.measure(material)
 	if err != nil {
 		return importReport{}, err
 	}
-	id, err := byok.MaterialID(key.KeyID, material)
-	if err != nil {
-		return importReport{}, err
+	if key.hasOther(materialID) {
+		return importReport{}, key.errHasOther()
 	}
-	report := importReport{
-		KeyID: key.KeyID, KCV: hex.EncodeToString(kcv[:]), KCVAlgorithm: "AES-ECB", MaterialID: hex.EncodeToString(id[:]),
-	}
-	if key.KeySpec == byok.SM4 {
-		report.KCVAlgorithm = "SM4-ECB" // a token without SM4 shows the one of AES-ECB
-	}
-	if key.KeyMaterialID != "" && key.KeyMaterialID != report.MaterialID {
-		return importReport{}, withHint(
-			fmt.Errorf("key %s was first given other material, with key check value %s", key.KeyID, key.KeyCheckValue), "%s", hints["InvalidKeyMaterial"])
-	}
+	report := importReport{KeyID: key.KeyID, KCV: kcv, KCVAlgorithm: key.kcvAlgorithm(), MaterialID: materialID}
 
-	params := url.Values{"KeyId": {key.KeyID}, "KeyMaterialExpireUnix": {"0"}}
-	if !expireAt.IsZero() {
-		params.Set("KeyMaterialExpireUnix", strconv.FormatInt(expireAt.Unix(), 10))
-	}
+	params := importParams(key.KeyID, expireAt)
 	if o.verify {
 		params.Set("ExpectKeyMaterialId", report.MaterialID)
 		// A token without SM4 measures SM4 material, but not its check value;
@@ -288,9 +273,8 @@ func (o *importOptions) importInto(ctx context.Context, c *client, key keyMetada
 	if err != nil {
 		return importReport{}, fmt.Errorf("the material was imported into key %s, but then: %w", key.KeyID, err)
 	}
-	if after.KeyMaterialID != "" && after.KeyMaterialID != report.MaterialID {
-		return importReport{}, withHint(fmt.Errorf("the KMS measured another material id: %s instead of %s", after.KeyMaterialID, report.MaterialID),
-			"do not use key %s: what the KMS holds is not your material", key.KeyID)
+	if after.hasOther(materialID) {
+		return importReport{}, key.errMeasured("material id", after.KeyMaterialID, materialID)
 	}
 	report.State, report.MaterialExpireTime, report.MeasuredByKMS = after.KeyState, after.MaterialExpireTime, after.KeyMaterialID != ""
 	return report, nil
@@ -299,24 +283,14 @@ func (o *importOptions) importInto(ctx context.Context, c *client, key keyMetada
 // wrapFor gets parameters for import, wraps the material and adds what
 // ImportKeyMaterial needs of both.
 func (o *importOptions) wrapFor(ctx context.Context, c *client, keyID string, material []byte, params url.Values) error {
-	var answer struct{ PublicKey, ImportToken string }
+	var answer parametersForImport
 	err := c.call(ctx, "GetParametersForImport", url.Values{
 		"KeyId": {keyID}, "WrappingAlgorithm": {o.algorithm}, "WrappingKeySpec": {o.pairSpec},
 	}, &answer)
 	if err != nil {
 		return o.explainParameters(err)
 	}
-	spki, err := base64.StdEncoding.DecodeString(strings.TrimSpace(answer.PublicKey))
-	if err != nil {
-		return errors.New("GetParametersForImport: the public key is not Base64")
-	}
-	wrapped, err := byok.Wrap(o.algorithm, spki, material)
-	if err != nil {
-		return explainWrap(err)
-	}
-	params.Set("EncryptedKeyMaterial", base64.StdEncoding.EncodeToString(wrapped))
-	params.Set("ImportToken", answer.ImportToken)
-	return nil
+	return answer.wrap(o.algorithm, material, params)
 }
 
 // explainParameters says what to try if the KMS refuses this algorithm with this

@@ -310,8 +310,14 @@ func (j *journal) close() error {
 // token derives something from the run that is the same whenever it is asked
 // for, and that nobody else comes by: 32 hexadecimal digits.
 func (j *journal) token(parts ...string) string {
+	return digest(append([]string{j.head.Run}, parts...))
+}
+
+// digest is 32 hexadecimal digits of the SHA-256 of a list of strings, each
+// preceded by its length: no other list gives the same input.
+func digest(parts []string) string {
 	h := sha256.New()
-	for _, part := range append([]string{j.head.Run}, parts...) {
+	for _, part := range parts {
 		fmt.Fprintf(h, "%d:%s", len(part), part)
 	}
 	return hex.EncodeToString(h.Sum(nil)[:16])

@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -63,12 +62,11 @@ var manifestFields = []struct {
 // digestOf is over the line's values as they are written. The name of a file is
 // among them, its bytes are not.
 func digestOf(it *item) string {
-	h := sha256.New()
-	for _, f := range manifestFields {
-		value := *f.of(it)
-		fmt.Fprintf(h, "%d:%s", len(value), value)
+	values := make([]string, len(manifestFields))
+	for i, f := range manifestFields {
+		values[i] = *f.of(it)
 	}
-	return hex.EncodeToString(h.Sum(nil)[:16])
+	return digest(values)
 }
 
 // makesKey reports whether the line asks for a new key.

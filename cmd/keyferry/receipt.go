@@ -72,8 +72,8 @@ too. With --since it holds the proof that the log continues an older one.`,
 	return cmd
 }
 
-// writeReceipt fetches a receipt into a new file, or to standard output. It verifies nothing, as it
-// knows no pinned key.
+// writeReceipt fetches a receipt into a new file, or to standard output. It
+// verifies nothing, as it knows no pinned key.
 func writeReceipt(ctx context.Context, std *streams, c *client, out string, params url.Values) error {
 	var answer struct {
 		Index            int64

@@ -140,14 +140,8 @@ func (b *caller) clock() time.Time {
 	return time.Now().Round(0)
 }
 
-// attempt is one attempt.
-func (b *caller) attempt(ctx context.Context, action string, params url.Values, nonce string, answer any) error {
-	var err error
-	if nonce == "" {
-		err = b.call(ctx, action, params, answer)
-	} else {
-		err = b.callAs(ctx, action, params, nonce, answer)
-	}
+// attempted takes note of what an attempt came to.
+func (b *caller) attempted(err error) error {
 	if o := outcomeOf(err); o != lost && o != hopeless {
 		b.reached.Store(true)
 	}
@@ -158,7 +152,7 @@ func (b *caller) attempt(ctx context.Context, action string, params url.Values, 
 func (b *caller) repeat(ctx context.Context, action string, params url.Values, answer any) error {
 	tries := b.attempts()
 	for {
-		err := b.attempt(ctx, action, params, "", answer)
+		err := b.attempted(b.call(ctx, action, params, answer))
 		switch outcomeOf(err) {
 		case answered:
 			return err
@@ -223,7 +217,7 @@ func (b *caller) once(ctx context.Context, o *one, params url.Values, answer any
 			sentAt = b.clock()
 		}
 		nonce := b.journal.token(append([]string{o.action, strconv.Itoa(o.number)}, o.key...)...)
-		err := b.attempt(ctx, o.action, params, nonce, answer)
+		err := b.attempted(b.callAs(ctx, o.action, params, nonce, answer))
 		result := outcomeOf(err)
 		switch result {
 		case answered:

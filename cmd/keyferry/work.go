@@ -2,8 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/url"
@@ -61,9 +59,8 @@ func (w *work) do(ctx context.Context) (result, error) {
 	}
 	status := statusImported
 	switch {
-	case w.key.KeyMaterialID != "" && w.materialID != "" && w.key.KeyMaterialID != w.materialID:
-		return result{}, withHint(fmt.Errorf("key %s was first given other material, with key check value %s", w.key.KeyID, w.key.KeyCheckValue),
-			"%s", hints["InvalidKeyMaterial"])
+	case w.key.hasOther(w.materialID):
+		return result{}, w.key.errHasOther()
 	case w.holds(&w.key):
 		if w.past.last.Name == "" {
 			status = statusPresent
@@ -153,17 +150,11 @@ func (w *work) checkKey() error {
 
 // identify measures raw material, which may have changed since the manifest was
 // read.
-func (w *work) identify(material []byte) error {
-	kcv, err := byok.KCV(w.key.KeySpec, material)
-	if err != nil {
-		return err
-	}
-	id, err := byok.MaterialID(w.key.KeyID, material)
-	if err != nil {
-		return err
-	}
-	w.kcv, w.materialID = hex.EncodeToString(kcv[:]), hex.EncodeToString(id[:])
+func (w *work) identify(material []byte) (err error) {
+	w.kcv, w.materialID, err = w.key.measure(material)
 	switch {
+	case err != nil:
+		return err
 	case w.item.kcv != "" && w.item.kcv != w.kcv:
 		return errOtherKCV
 	case w.item.materialID != "" && w.item.materialID != w.materialID:
@@ -240,10 +231,7 @@ func (w *work) start() error {
 
 // params are those of ImportKeyMaterial but for the material.
 func (w *work) params() url.Values {
-	params := url.Values{"KeyId": {w.key.KeyID}, "KeyMaterialExpireUnix": {"0"}}
-	if !w.item.expireAt.IsZero() {
-		params.Set("KeyMaterialExpireUnix", strconv.FormatInt(w.item.expireAt.Unix(), 10))
-	}
+	params := importParams(w.key.KeyID, w.item.expireAt)
 	if w.verify || w.item.wrapped != "" && w.materialID != "" {
 		params.Set("ExpectKeyMaterialId", w.materialID)
 	}
@@ -255,7 +243,7 @@ func (w *work) params() url.Values {
 
 // wrap gets parameters for import and wraps raw material under them.
 func (w *work) wrap(ctx context.Context, material []byte, params url.Values) error {
-	var answer struct{ PublicKey, ImportToken string }
+	var answer parametersForImport
 	err := w.repeat(ctx, "GetParametersForImport", url.Values{
 		"KeyId": {w.key.KeyID}, "WrappingAlgorithm": {w.algorithm}, "WrappingKeySpec": {w.pairSpec},
 	}, &answer)
@@ -268,32 +256,20 @@ func (w *work) wrap(ctx context.Context, material []byte, params url.Values) err
 	default:
 		return w.explainParameters(err)
 	}
-	spki, err := base64.StdEncoding.DecodeString(strings.TrimSpace(answer.PublicKey))
-	if err != nil {
-		return errors.New("GetParametersForImport: the public key is not Base64")
-	}
-	wrapped, err := byok.Wrap(w.algorithm, spki, material)
-	if err != nil {
-		return explainWrap(err)
-	}
-	params.Set("EncryptedKeyMaterial", base64.StdEncoding.EncodeToString(wrapped))
-	params.Set("ImportToken", answer.ImportToken)
-	return nil
+	return answer.wrap(w.algorithm, material, params)
 }
 
 // result compares what the KMS has now with what it was given.
 func (w *work) result(status string) (result, error) {
 	k := &w.key
 	switch {
-	case k.KeyMaterialID != "" && w.materialID != "" && k.KeyMaterialID != w.materialID:
-		return result{}, withHint(fmt.Errorf("the KMS measured another material id: %s instead of %s", k.KeyMaterialID, w.materialID),
-			"do not use key %s: what the KMS holds is not your material", k.KeyID)
-	case k.KeyCheckValueAlgorithm == kcvAlgorithm(k.KeySpec) && w.kcv != "" && k.KeyCheckValue != w.kcv:
-		return result{}, withHint(fmt.Errorf("the KMS measured another key check value: %s instead of %s", k.KeyCheckValue, w.kcv),
-			"do not use key %s: what the KMS holds is not your material", k.KeyID)
+	case k.hasOther(w.materialID):
+		return result{}, k.errMeasured("material id", k.KeyMaterialID, w.materialID)
+	case k.KeyCheckValueAlgorithm == k.kcvAlgorithm() && w.kcv != "" && k.KeyCheckValue != w.kcv:
+		return result{}, k.errMeasured("key check value", k.KeyCheckValue, w.kcv)
 	}
 	r := result{
-		Status: status, KCV: w.kcv, KCVAlgorithm: kcvAlgorithm(k.KeySpec), MaterialID: w.materialID,
+		Status: status, KCV: w.kcv, KCVAlgorithm: k.kcvAlgorithm(), MaterialID: w.materialID,
 		MaterialExpireTime: k.MaterialExpireTime, MeasuredByKMS: k.KeyMaterialID != "",
 	}
 	if r.MaterialID == "" {
@@ -303,13 +279,4 @@ func (w *work) result(status string) (result, error) {
 		r.KCV, r.KCVAlgorithm = k.KeyCheckValue, k.KeyCheckValueAlgorithm
 	}
 	return r, nil
-}
-
-// kcvAlgorithm is that of the key check values which this program computes. A
-// token without SM4 shows the one of AES-ECB.
-func kcvAlgorithm(keySpec string) string {
-	if keySpec == byok.SM4 {
-		return "SM4-ECB"
-	}
-	return "AES-ECB"
 }
