@@ -30,7 +30,6 @@ import (
 	"github.com/aliyun/alibaba-cloud-sdk-go/sdk/requests"
 	v1 "github.com/aliyun/alibaba-cloud-sdk-go/services/kms"
 	"github.com/stretchr/testify/require"
-	"go.yaml.in/yaml/v3"
 
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/engine/enginebench"
@@ -60,16 +59,11 @@ type benchServer struct {
 // startBenchServer starts a server on a directory with so many pairs.
 func startBenchServer(b testing.TB, dir string, pairs pairsConfig, metrics string) *benchServer {
 	b.Helper()
-	path := filepath.Join(dir, devConfigFile)
-	if _, err := os.Stat(path); err != nil {
+	if _, err := os.Stat(filepath.Join(dir, devConfigFile)); err != nil {
 		require.NoError(b, startDevServer(b, dir).stop())
 	}
-	cfg, err := loadConfig(path)
-	require.NoError(b, err)
-	cfg.Token.AllowPKCS1v15, cfg.Pairs, cfg.Metrics.Listen = false, pairs, metrics
-	text, err := yaml.Marshal(cfg)
-	require.NoError(b, err)
-	require.NoError(b, os.WriteFile(path, text, 0o600))
+	usePairs(b, dir, pairs)
+	configure(b, dir, func(cfg *config) { cfg.Metrics.Listen = metrics })
 	return reopenBenchServer(b, dir)
 }
 

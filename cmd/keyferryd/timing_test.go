@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/stretchr/testify/require"
-	"go.yaml.in/yaml/v3"
 
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/hsm"
@@ -67,13 +66,9 @@ func TestTiming(t *testing.T) {
 // those of PKCS #1 v1.5 never are.
 func withOutstanding(t *testing.T, dir string, n int) {
 	t.Helper()
-	path := filepath.Join(dir, devConfigFile)
-	cfg, err := loadConfig(path)
-	require.NoError(t, err)
-	cfg.Pairs = pairsConfig{Specs: []hsm.PairSpec{hsm.RSA2048, hsm.ECSM2}, Ready: 1, Outstanding: n}
-	text, err := yaml.Marshal(cfg)
-	require.NoError(t, err)
-	require.NoError(t, os.WriteFile(path, text, 0o600))
+	configure(t, dir, func(cfg *config) {
+		cfg.Pairs = pairsConfig{Specs: []hsm.PairSpec{hsm.RSA2048, hsm.ECSM2}, Ready: 1, Outstanding: n}
+	})
 }
 
 // measure takes the times of an algorithm's probes and compares them.
