@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
 
@@ -289,7 +288,7 @@ func runBenchNode(config string) (err error) {
 	for lines := bufio.NewScanner(os.Stdin); lines.Scan(); {
 		var done benchSlice
 		var mu sync.Mutex
-		used, start := ownProcessorTime(), time.Now()
+		used, start := enginebench.ProcessorTime(), time.Now()
 		err := errors.Join(inParallel(cfg.Callers, func(caller int) error {
 			n := 0
 			for ; time.Since(start) < benchSliceTime; n++ {
@@ -304,16 +303,10 @@ func runBenchNode(config string) (err error) {
 			done.N += n
 			return nil
 		})...)
-		done.Wall, done.CPU = time.Since(start), ownProcessorTime()-used
+		done.Wall, done.CPU = time.Since(start), enginebench.ProcessorTime()-used
 		if err := errors.Join(err, answer.Encode(done)); err != nil {
 			return err
 		}
 	}
 	return nil
-}
-
-func ownProcessorTime() time.Duration {
-	var u syscall.Rusage
-	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u) // of one's own: never fails
-	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
 }

@@ -95,7 +95,7 @@ func (c *Comparison) Close() error {
 func (l *load) run(ctx context.Context, slice time.Duration) error {
 	var wg sync.WaitGroup
 	parts, errs := make([]tally, len(l.steps)), make([]error, len(l.steps))
-	use, start := processorTime(), time.Now()
+	use, start := ProcessorTime(), time.Now()
 	end := start.Add(slice)
 	for i, step := range l.steps {
 		wg.Go(func() {
@@ -112,7 +112,7 @@ func (l *load) run(ctx context.Context, slice time.Duration) error {
 	}
 	wg.Wait()
 	l.tally.wall += time.Since(start)
-	l.tally.use += processorTime() - use
+	l.tally.use += ProcessorTime() - use
 	for i := range parts {
 		l.tally.merge(&parts[i])
 	}
@@ -168,7 +168,8 @@ func (t *tally) percentile(p float64) float64 {
 	return math.NaN()
 }
 
-func processorTime() time.Duration {
+// ProcessorTime is what this process has used, in user mode and in the kernel.
+func ProcessorTime() time.Duration {
 	var u syscall.Rusage
 	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &u) // of one's own: never fails
 	return time.Duration(u.Utime.Nano() + u.Stime.Nano())

@@ -295,7 +295,7 @@ func CompareSweeps(ctx context.Context, few, many *Crowd, step time.Duration, st
 	}
 	for last := few.Expiry(few.Expiring - 1); !start.Add(time.Duration(clock.Load())).After(last); clock.Add(int64(step)) {
 		for i, e := range engines {
-			use, began := processorTime(), time.Now()
+			use, began := ProcessorTime(), time.Now()
 			if err := e.Sweep(ctx); err != nil {
 				return Row{}, err
 			}
@@ -303,7 +303,7 @@ func CompareSweeps(ctx context.Context, few, many *Crowd, step time.Duration, st
 			if clock.Load() > 0 { // the first has what was there before to do
 				tallies[i].add(took)
 				tallies[i].wall += took
-				tallies[i].use += processorTime() - use
+				tallies[i].use += ProcessorTime() - use
 			}
 		}
 	}
