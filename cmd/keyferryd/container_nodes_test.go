@@ -187,14 +187,6 @@ func (c *resolute) work(ctx context.Context, wrapped string, answered chan<- str
 	return nil
 }
 
-// codeOf is the code of a refusal, or "".
-func codeOf(err error) string {
-	if refused, ok := errors.AsType[*apiError](err); ok {
-		return refused.Code
-	}
-	return ""
-}
-
 // user encrypts under a key on one server, all the time, until the test ends.
 // Its owner deals with the other.
 type user struct {

@@ -73,8 +73,7 @@ func BenchmarkCrowd(b *testing.B) {
 	b.Run("server", func(b *testing.B) {
 		start := time.Now()
 		s := reopenBenchServer(b, dir)
-		_, err := describedState(ctx, s.client, many.KeyID(n-1))
-		require.NoError(b, err)
+		(&customer{client: s.client, keyID: many.KeyID(n - 1)}).state(b)
 		answered := time.Since(start)
 		var requests []leanRequest
 		for i := expiring; i < expiring+10_000 && i < n; i++ {
@@ -107,13 +106,6 @@ func compareCrowds(ctx context.Context, b *testing.B, table *enginebench.Table, 
 	row, err := enginebench.CompareSweeps(ctx, few, many, time.Second, soon.Add(-time.Second))
 	require.NoError(b, err)
 	table.Rows = append(table.Rows, row)
-}
-
-// describedState is the state of a key.
-func describedState(ctx context.Context, c *client, keyID string) (string, error) {
-	var answer struct{ KeyMetadata keyState }
-	err := c.call(ctx, "DescribeKey", map[string]string{"KeyId": keyID}, &answer)
-	return answer.KeyMetadata.KeyState, err
 }
 
 var rssLine = regexp.MustCompile(`(?m)^VmRSS:\s+(\d+) kB$`)

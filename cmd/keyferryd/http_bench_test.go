@@ -51,7 +51,6 @@ import (
 // benchServer is a keyferryd whose log goes to a file, as it would in service.
 type benchServer struct {
 	cmd         *exec.Cmd
-	dir         string
 	credentials credentials
 	client      *client
 }
@@ -69,7 +68,7 @@ func startBenchServer(b testing.TB, dir string, pairs pairsConfig, metrics strin
 
 func reopenBenchServer(b testing.TB, dir string) *benchServer {
 	b.Helper()
-	s := &benchServer{cmd: keyferryd(b, "dev", "--data", dir), dir: dir}
+	s := &benchServer{cmd: keyferryd(b, "dev", "--data", dir)}
 	log, err := os.Create(filepath.Join(dir, "log"))
 	require.NoError(b, err)
 	defer func() { require.NoError(b, log.Close()) }() // the server has its own
@@ -125,7 +124,7 @@ func (u *use) run(b testing.TB, s *benchServer, callers int, d time.Duration, st
 	b.Helper()
 	var wg sync.WaitGroup
 	errs, latencies := make([]error, callers), make([][]time.Duration, callers)
-	client, server, start := ownTime(), s.processorTime(), time.Now()
+	client, server, start := enginebench.ProcessorTime(), s.processorTime(), time.Now()
 	end := start.Add(d)
 	for i := range callers {
 		wg.Go(func() {
@@ -142,24 +141,12 @@ func (u *use) run(b testing.TB, s *benchServer, callers int, d time.Duration, st
 	wg.Wait()
 	require.NoError(b, errors.Join(errs...))
 	u.wall += time.Since(start)
-	u.client += ownTime() - client
+	u.client += enginebench.ProcessorTime() - client
 	u.server += s.processorTime() - server
 	for _, l := range latencies {
 		u.n += len(l)
 		u.latencies = append(u.latencies, l...)
 	}
-}
-
-// once makes one step of the first caller.
-func (u *use) once(b testing.TB, s *benchServer, step func(caller int) error) {
-	b.Helper()
-	u.run(b, s, 1, 0, func(int) error { return step(0) })
-}
-
-func ownTime() time.Duration {
-	var r syscall.Rusage
-	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &r) // never fails
-	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
 }
 
 func (u *use) perSecond() float64 { return float64(u.n) / u.wall.Seconds() }
@@ -286,7 +273,6 @@ func (l *leanConn) answer() error {
 type wireKeys struct {
 	ids              []string
 	imports, encrypt []leanRequest
-	raw              []map[string]string // parameters of the imports
 }
 
 // benchKeys is how many CMKs the benchmarks go over.
@@ -299,7 +285,7 @@ var plaintextOf = base64.StdEncoding.EncodeToString(bytes.Repeat([]byte("keyferr
 func newWireKeys(b testing.TB, s *benchServer, n int) *wireKeys {
 	b.Helper()
 	ctx := context.Background()
-	k := &wireKeys{ids: make([]string, n), imports: make([]leanRequest, n), encrypt: make([]leanRequest, n), raw: make([]map[string]string, n)}
+	k := &wireKeys{ids: make([]string, n), imports: make([]leanRequest, n), encrypt: make([]leanRequest, n)}
 	material := randomMaterial(32)
 	var wrappings sync.Map // by public key
 	work := make(chan int)
@@ -308,8 +294,14 @@ func newWireKeys(b testing.TB, s *benchServer, n int) *wireKeys {
 	for w := range errs {
 		wg.Go(func() {
 			for i := range work {
-				if errs[w] == nil {
-					errs[w] = k.make(ctx, s.client, i, material, &wrappings)
+				if errs[w] != nil {
+					continue
+				}
+				var params map[string]string
+				if params, errs[w] = importKey(ctx, s.client, material, &wrappings); errs[w] == nil {
+					k.ids[i] = params["KeyId"]
+					k.imports[i] = newLeanRequest("ImportKeyMaterial", params)
+					k.encrypt[i] = newLeanRequest("Encrypt", map[string]string{"KeyId": k.ids[i], "Plaintext": plaintextOf})
 				}
 			}
 		})
@@ -323,35 +315,34 @@ func newWireKeys(b testing.TB, s *benchServer, n int) *wireKeys {
 	return k
 }
 
-func (k *wireKeys) make(ctx context.Context, c *client, i int, material []byte, wrappings *sync.Map) error {
+// importKey makes a CMK, imports material into it and returns the parameters of
+// that. Wrapped material is kept by its public key, for the next CMK.
+func importKey(ctx context.Context, c *client, material []byte, wrappings *sync.Map) (params map[string]string, err error) {
 	var key struct{ KeyMetadata keyState }
 	if err := c.call(ctx, "CreateKey", map[string]string{"Origin": "EXTERNAL", "KeySpec": byok.AES256}, &key); err != nil {
-		return err
+		return nil, err
 	}
 	id := key.KeyMetadata.KeyID
 	var p struct{ PublicKey, ImportToken string }
 	if err := c.call(ctx, "GetParametersForImport", map[string]string{
 		"KeyId": id, "WrappingAlgorithm": byok.OAEPSHA1, "WrappingKeySpec": "RSA_2048",
 	}, &p); err != nil {
-		return err
+		return nil, err
 	}
 	wrapped, ok := wrappings.Load(p.PublicKey)
 	if !ok {
 		spki, err := base64.StdEncoding.DecodeString(p.PublicKey)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		blob, err := byok.Wrap(byok.OAEPSHA1, spki, material)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		wrapped, _ = wrappings.LoadOrStore(p.PublicKey, base64.StdEncoding.EncodeToString(blob))
 	}
-	params := map[string]string{"KeyId": id, "EncryptedKeyMaterial": wrapped.(string), "ImportToken": p.ImportToken}
-	k.ids[i], k.raw[i] = id, params
-	k.imports[i] = newLeanRequest("ImportKeyMaterial", params)
-	k.encrypt[i] = newLeanRequest("Encrypt", map[string]string{"KeyId": id, "Plaintext": plaintextOf})
-	return c.call(ctx, "ImportKeyMaterial", params, nil)
+	params = map[string]string{"KeyId": id, "EncryptedKeyMaterial": wrapped.(string), "ImportToken": p.ImportToken}
+	return params, c.call(ctx, "ImportKeyMaterial", params, nil)
 }
 
 // over is a step for each caller, who goes over requests of his own.
@@ -466,7 +457,7 @@ func BenchmarkServer(b *testing.B) {
 		}, time.Minute, 100*time.Millisecond)
 		u := &use{}
 		for range fresh {
-			u.once(b, s, asking)
+			u.run(b, s, 1, 0, asking) // once
 		}
 		for b.Loop() { // more would wait for pairs
 		}

@@ -10,6 +10,7 @@ import (
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash"
 	"math/big"
@@ -335,4 +336,12 @@ func expectCode(t testing.TB, code string, err error) {
 	var refused *apiError
 	require.ErrorAs(t, err, &refused)
 	require.Equal(t, code, refused.Code, fmt.Sprint(err))
+}
+
+// codeOf is the code of a refusal, or "".
+func codeOf(err error) string {
+	if refused, ok := errors.AsType[*apiError](err); ok {
+		return refused.Code
+	}
+	return ""
 }
