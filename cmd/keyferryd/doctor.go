@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -201,10 +202,12 @@ func (d *diagnosis) unexamined(err error, cfg *config) {
 		d.problem(err.Error(), "have token.label and token.pins name the token that init was run on, and no other token of that label in the module")
 	case errors.Is(err, os.ErrNotExist):
 		d.problem(err.Error(), "put the user PIN there")
-	case errors.Is(err, hsm.ErrUnavailable) && softHSMConf(cfg) != "":
-		d.problem(err.Error(), "%s", softHSMConf(cfg))
 	default:
-		d.problem(err.Error(), "correct token.module, token.label, token.init_args and token.environment, or %s", otherwise(cfg))
+		do := "correct token.module, token.label, token.init_args and token.environment, or " + otherwise(cfg)
+		if errors.Is(err, hsm.ErrUnavailable) {
+			do = cmp.Or(softHSMConf(cfg), do)
+		}
+		d.problem(err.Error(), "%s", do)
 	}
 }
 

@@ -96,13 +96,9 @@ var probed = map[string]string{"O3": hsm.FindDigestKey, "O8": hsm.FindByValue}
 // nothing can be tried: one that lies has the PIN, and needs no hole. But it must
 // agree with what was tried.
 func stateOf(id string, x *hsm.Examination) string {
-	verdicts := map[hsm.Verdict]int{}
-	for of, finding := range probed {
-		v := x.Capabilities.Finding(finding).Verdict
-		if verdicts[v]++; of != id {
-			continue
-		}
-		switch v {
+	verdict := func(finding string) hsm.Verdict { return x.Capabilities.Finding(finding).Verdict }
+	if finding, ok := probed[id]; ok {
+		switch verdict(finding) {
 		case hsm.Proven:
 			return "closed"
 		case hsm.Ignored:
@@ -110,11 +106,19 @@ func stateOf(id string, x *hsm.Examination) string {
 		}
 		return "unknown"
 	}
+	all := func(want hsm.Verdict) bool {
+		for _, finding := range probed {
+			if verdict(finding) != want {
+				return false
+			}
+		}
+		return true
+	}
 	switch lib := x.Token.Library; {
 	case lib.Manufacturer != softhsm.Manufacturer:
-	case lib.Description == softhsm.OurDescription && verdicts[hsm.Proven] == len(probed):
+	case lib.Description == softhsm.OurDescription && all(hsm.Proven):
 		return "patched"
-	case lib.Description == softhsm.StockDescription && lib.Version == softhsm.StockVersion && verdicts[hsm.Ignored] == len(probed):
+	case lib.Description == softhsm.StockDescription && lib.Version == softhsm.StockVersion && all(hsm.Ignored):
 		return "listed"
 	}
 	return "unknown"

@@ -14,7 +14,6 @@ import (
 
 	"github.com/stretchr/testify/require"
 
-	"github.com/keyferry/keyferry/engine/acs"
 	"github.com/keyferry/keyferry/engine/byok"
 	"github.com/keyferry/keyferry/hsm"
 	"github.com/keyferry/keyferry/hsm/hsmtest"
@@ -25,9 +24,9 @@ import (
 // token.
 type ward struct {
 	*service
-	cfg config
-	tap *hsmtest.Tap
-	url string
+	cfg      config
+	tap      *hsmtest.Tap
+	endpoint string
 }
 
 // newWard starts a service whose requests have so much time.
@@ -56,15 +55,12 @@ func newWard(t *testing.T, requests time.Duration, settings ...func(*config)) *w
 	}, time.Minute, time.Millisecond)
 	server := httptest.NewServer(withTimeout(w.handler, requests))
 	t.Cleanup(server.Close)
-	w.url = server.URL
+	w.endpoint = server.Listener.Addr().String()
 	return w
 }
 
 func (w *ward) client() *client {
-	return &client{
-		url: w.url + "/", http: &http.Client{},
-		cred: acs.Credential{AccessKeyID: "tester", Secret: acs.NewSecret([]byte("a secret of the tests"))},
-	}
+	return clientOf(credentials{Endpoint: w.endpoint, AccessKeyID: "tester", AccessKeySecret: "a secret of the tests"})
 }
 
 // While every session of the token is busy a caller gets an answer at the
@@ -102,7 +98,7 @@ func TestFullSessionPool(t *testing.T) {
 		require.GreaterOrEqual(t, took, deadline, name)
 		require.Less(t, took, 20*deadline, name)
 	}
-	head, _ := post(t, strings.TrimPrefix(w.url, "http://"), c.rpcQuery(t, "Encrypt", map[string]string{"KeyId": c.keyID, "Plaintext": "aGVsbG8="}))
+	head, _ := post(t, w.endpoint, c.rpcQuery(t, "Encrypt", map[string]string{"KeyId": c.keyID, "Plaintext": "aGVsbG8="}))
 	require.Contains(t, head, "503 Service Unavailable")
 	release()
 	require.Eventually(t, func() bool { return encrypts() == nil && imports() == nil }, time.Minute, 10*time.Millisecond)
@@ -114,7 +110,7 @@ func TestHealthOfARefusedPIN(t *testing.T) {
 	softhsm.Once(t)
 	const deviceRemoved = 0x32
 	w := newWard(t, time.Second, func(c *config) { c.Metrics.Listen = "127.0.0.1:0" })
-	status, body := get(t, w.url+healthPath)
+	status, body := get(t, "http://"+w.endpoint+healthPath)
 	require.Equal(t, http.StatusOK, status)
 	require.Equal(t, "ok\n", body)
 
@@ -122,18 +118,18 @@ func TestHealthOfARefusedPIN(t *testing.T) {
 	for _, call := range []string{"C_GenerateRandom", "C_SignInit"} { // sessions still end, and with them the login
 		w.tap.Inject(hsmtest.Fault{Call: call, RV: deviceRemoved, Times: -1})
 	}
-	status, _ = get(t, w.url+healthPath)
+	status, _ = get(t, "http://"+w.endpoint+healthPath)
 	require.Equal(t, http.StatusServiceUnavailable, status)
 	w.tap.Heal()
 	require.Eventually(t, func() bool { return w.token.Stats().Refused != nil }, time.Minute, time.Millisecond)
 	require.ErrorIs(t, w.token.Stats().Refused, hsm.ErrPIN)
 	logins := w.tap.Calls()["C_Login"]
-	status, body = get(t, w.url+healthPath)
+	status, body = get(t, "http://"+w.endpoint+healthPath)
 	require.Equal(t, http.StatusServiceUnavailable, status)
 	require.Contains(t, body, "The token refused the user PIN. It is not tried again")
 
 	asked := w.cfg
-	asked.Listen = strings.TrimPrefix(w.url, "http://")
+	asked.Listen = w.endpoint
 	var said strings.Builder
 	require.ErrorContains(t, askHealth(t.Context(), &asked, &said), "status 503")
 	require.Contains(t, said.String(), "put the PIN right, then restart the server")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -170,10 +171,9 @@ func tokenAdvice(err error, cfg *config) error {
 		return fmt.Errorf("%w: %s", err, keyGone)
 	case errors.Is(err, hsm.ErrUntrusted):
 		return fmt.Errorf("%w: check that token.module, token.label and token.pins name the token that %q was run on", err, "keyferryd init")
-	case errors.Is(err, hsm.ErrUnavailable) && softHSMConf(cfg) != "":
-		return fmt.Errorf("%w: %s", err, softHSMConf(cfg))
 	case errors.Is(err, hsm.ErrUnavailable):
-		return fmt.Errorf("%w: check token.module, token.label, token.init_args and token.environment, or %s", err, otherwise(cfg))
+		return fmt.Errorf("%w: %s", err, cmp.Or(softHSMConf(cfg),
+			"check token.module, token.label, token.init_args and token.environment, or "+otherwise(cfg)))
 	}
 	return err
 }
