@@ -50,7 +50,7 @@ type statement struct {
 }
 
 // connect opens a connection to the database that uri names, and sets it up.
-func connect(ctx context.Context, uri string, pragmas ...string) (_ *conn, err error) {
+func connect(ctx context.Context, uri string, pragmas []string) (_ *conn, err error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
@@ -68,7 +68,7 @@ func connect(ctx context.Context, uri string, pragmas ...string) (_ *conn, err e
 	out := c.tls.Alloc(pointerLen)
 	defer c.tls.Free(pointerLen)
 	rc := lite.Xsqlite3_open_v2(c.tls, name, out, lite.SQLITE_OPEN_READWRITE|lite.SQLITE_OPEN_NOMUTEX|lite.SQLITE_OPEN_URI, 0)
-	c.db = pointer(out) // also of a database that did not open
+	c.db = libc.AtomicLoadPUintptr(out) // also of a database that did not open
 	if rc != lite.SQLITE_OK {
 		return nil, classify(c.fault(rc))
 	}
@@ -94,14 +94,6 @@ func (c *conn) set(pragma string) error {
 
 // pointerLen is the size of a pointer in C.
 const pointerLen = strconv.IntSize / 8
-
-// pointer reads a pointer that C code has written.
-func pointer(at uintptr) (p uintptr) {
-	for i, b := range libc.GoBytes(at, pointerLen) {
-		p |= uintptr(b) << (8 * i) // all that SQLite is translated for, and there are HSMs on, is little-endian
-	}
-	return p
-}
 
 // close releases the statements and the connection.
 func (c *conn) close() error {
@@ -146,7 +138,7 @@ func (c *conn) statement(text string) (*statement, error) {
 	if rc := lite.Xsqlite3_prepare_v3(c.tls, c.db, sql, -1, lite.SQLITE_PREPARE_PERSISTENT, out, 0); rc != lite.SQLITE_OK {
 		return nil, classify(c.fault(rc))
 	}
-	s := &statement{c: c, p: pointer(out)}
+	s := &statement{c: c, p: libc.AtomicLoadPUintptr(out)}
 	for i := range lite.Xsqlite3_bind_parameter_count(c.tls, s.p) {
 		// SQLite numbers names in the order in which it meets them.
 		name := libc.GoString(lite.Xsqlite3_bind_parameter_name(c.tls, s.p, i+1))

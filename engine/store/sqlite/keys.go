@@ -53,8 +53,8 @@ func updateText(set, where string) string {
 func keyValues(k *store.Key) []driver.Value {
 	return []driver.Value{
 		k.KeyID, k.KeyVersionID, k.Revision, k.Spec, k.State, k.Description,
-		seconds(k.CreatedAt), seconds(k.DeleteAt), bytes(k.KCV), bytes(k.MaterialID), k.CheckValueAlgorithm, bytes(k.CheckValue),
-		bytes(k.Material), seconds(k.ExpireAt), k.WrappingAlgorithm, bytes(k.PairID), bytes(k.PairFingerprint), k.Custody, bytes(k.Receipt), bytes(k.MAC),
+		seconds(k.CreatedAt), seconds(k.DeleteAt), k.KCV, k.MaterialID, k.CheckValueAlgorithm, k.CheckValue,
+		k.Material, seconds(k.ExpireAt), k.WrappingAlgorithm, k.PairID, k.PairFingerprint, k.Custody, k.Receipt, k.MAC,
 		seconds(due(k)),
 	}
 }

@@ -65,7 +65,7 @@ func (s *Store) RetirePair(ctx context.Context, id [16]byte, now time.Time) erro
 			return err
 		}
 		var bound bool
-		found, err := c.one(pairBoundQuery, func(row *cursor) { bound = !row.isNull() }, id[:])
+		found, err := c.one(pairBoundQuery, func(row *cursor) { bound = !row.null() }, id[:])
 		switch {
 		case err != nil:
 			return err

@@ -16,10 +16,10 @@ type readers struct {
 	closeOnce sync.Once
 }
 
-func openReaders(ctx context.Context, uri string, n int, pragmas ...string) (*readers, error) {
+func openReaders(ctx context.Context, uri string, n int, pragmas []string) (*readers, error) {
 	r := &readers{idle: make(chan *conn, n), closed: make(chan struct{})}
 	for range n {
-		c, err := connect(ctx, uri, pragmas...)
+		c, err := connect(ctx, uri, pragmas)
 		if err != nil {
 			return nil, errors.Join(err, r.drain(len(r.idle)))
 		}

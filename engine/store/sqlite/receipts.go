@@ -35,10 +35,8 @@ var (
 func (c *cursor) receipt() (r store.Receipt) {
 	r.Seq = c.integer()
 	r.Index = -1
-	if !c.isNull() {
+	if !c.null() {
 		r.Index = c.integer()
-	} else {
-		c.next()
 	}
 	r.KeyID = c.text()
 	r.Revision = c.integer()

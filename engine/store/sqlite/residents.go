@@ -42,7 +42,7 @@ func holdOnly(c *conn, keyID string, h *store.Holding) error {
 	if h == nil {
 		return nil
 	}
-	_, err := c.exec(holdQuery, keyID, bytes(h.ID))
+	_, err := c.exec(holdQuery, keyID, h.ID)
 	return err
 }
 

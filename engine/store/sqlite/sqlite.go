@@ -119,15 +119,14 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 
 	// Not the connection for writing, which would change the mode of a database
 	// that is not ours.
-	plain, err := sqlitedriver.NewConnector(dsn(path, cfg, "rw"))
+	plain, err := sqlitedriver.NewConnector(dsn(path, cfg.pragmas()))
 	if err != nil {
 		return nil, fmt.Errorf("sqlite: %w", err)
 	}
 	if err := claim(ctx, plain, path); err != nil {
 		return nil, err
 	}
-	settings := writeSettings(cfg)
-	writing, err := sqlitedriver.NewConnector(dsn(path, cfg, "rw", settings...))
+	writing, err := sqlitedriver.NewConnector(dsn(path, cfg.writePragmas()))
 	if err != nil {
 		return nil, fmt.Errorf("sqlite: %w", err)
 	}
@@ -142,8 +141,7 @@ func Open(ctx context.Context, cfg Config) (_ *Store, err error) {
 
 // connect opens the connections for writing and for reading.
 func (s *Store) connect(ctx context.Context, path string, cfg Config) error {
-	wait := "busy_timeout(" + milliseconds(cfg.busyTimeout()) + ")"
-	c, err := connect(ctx, uri(path, "rw"), append([]string{wait}, writeSettings(cfg)...)...)
+	c, err := connect(ctx, uri(path, "rw"), cfg.writePragmas())
 	if err != nil {
 		return err
 	}
@@ -155,16 +153,19 @@ func (s *Store) connect(ctx context.Context, path string, cfg Config) error {
 		return errors.Join(err, c.close())
 	}
 	s.writer = newWriter(c, remembered, cfg.busyTimeout())
-	s.readers, err = openReaders(ctx, uri(path, "ro"), cmp.Or(cfg.Readers, max(4, 2*runtime.GOMAXPROCS(0))), wait, "query_only(ON)")
+	s.readers, err = openReaders(ctx, uri(path, "ro"), cmp.Or(cfg.Readers, max(4, 2*runtime.GOMAXPROCS(0))), cfg.pragmas("query_only(ON)"))
 	return err
 }
 
-// writeSettings are the pragmas of the connection for writing.
-func writeSettings(cfg Config) []string {
-	return []string{
-		"journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(ON)", "secure_delete(ON)",
-		"max_page_count(" + strconv.FormatInt(maxPages(cfg.MaxSize), 10) + ")",
-	}
+// pragmas are what every connection has in common, and more.
+func (c Config) pragmas(more ...string) []string {
+	return append([]string{"busy_timeout(" + milliseconds(c.busyTimeout()) + ")"}, more...)
+}
+
+// writePragmas are those of a connection for writing.
+func (c Config) writePragmas() []string {
+	return c.pragmas("journal_mode(WAL)", "synchronous(FULL)", "foreign_keys(ON)", "secure_delete(ON)",
+		"max_page_count("+strconv.FormatInt(maxPages(c.MaxSize), 10)+")")
 }
 
 // uri names the database at path to SQLite.
@@ -189,15 +190,9 @@ func (s *Store) Close() error {
 	return s.closed
 }
 
-// dsn names the database at path to the driver, with what every connection
-// has in common and the pragmas given.
-func dsn(path string, cfg Config, mode string, pragmas ...string) string {
-	v := url.Values{"mode": {mode}, "_error_rc": {"1"}}
-	v.Add("_pragma", "busy_timeout("+milliseconds(cfg.busyTimeout())+")")
-	for _, p := range pragmas {
-		v.Add("_pragma", p)
-	}
-	return (&url.URL{Scheme: "file", Path: path, RawQuery: v.Encode(), OmitHost: true}).String()
+// dsn names the database at path to the driver, which sets the pragmas.
+func dsn(path string, pragmas []string) string {
+	return uri(path, "rw") + "&" + url.Values{"_error_rc": {"1"}, "_pragma": pragmas}.Encode()
 }
 
 func milliseconds(d time.Duration) string { return strconv.FormatInt(d.Milliseconds(), 10) }

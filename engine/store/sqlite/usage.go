@@ -44,7 +44,7 @@ func (s *Store) PutUsages(ctx context.Context, usages []store.UsageUpdate) (stor
 	err = s.write(ctx, func(c *conn) error {
 		stored = make([]bool, len(usages))
 		for i, u := range usages {
-			changed, err := c.exec(putUsageQuery, u.KeyID, int64(u.Uses), int64(u.Boot), bytes(u.MAC), int64(u.Was))
+			changed, err := c.exec(putUsageQuery, u.KeyID, int64(u.Uses), int64(u.Boot), u.MAC, int64(u.Was))
 			if err != nil {
 				return err
 			}

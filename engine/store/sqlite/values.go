@@ -16,14 +16,6 @@ func seconds(t time.Time) driver.Value {
 	return t.Unix()
 }
 
-// bytes is b as stored: NULL for nil, which is not the same as empty.
-func bytes(b []byte) driver.Value {
-	if b == nil {
-		return nil
-	}
-	return b
-}
-
 // cursor reads the columns of the row at which a statement stands, one after the
 // other. The columns have the types of a STRICT table, and NULL reads as the zero
 // value. It is good until the statement goes on; what it returns is the caller's.
@@ -38,9 +30,13 @@ func (c *cursor) next() int32 {
 	return c.i - 1
 }
 
-// isNull reports whether the next column is NULL, and does not read it.
-func (c *cursor) isNull() bool {
-	return lite.Xsqlite3_column_type(c.tls, c.stmt, c.i) == lite.SQLITE_NULL
+// null reports whether the next column is NULL, and goes past it then.
+func (c *cursor) null() bool {
+	if lite.Xsqlite3_column_type(c.tls, c.stmt, c.i) != lite.SQLITE_NULL {
+		return false
+	}
+	c.i++
+	return true
 }
 
 func (c *cursor) text() string {
@@ -55,8 +51,7 @@ func (c *cursor) text() string {
 func (c *cursor) integer() int64 { return lite.Xsqlite3_column_int64(c.tls, c.stmt, c.next()) }
 
 func (c *cursor) time() time.Time {
-	if c.isNull() {
-		c.i++
+	if c.null() {
 		return time.Time{}
 	}
 	return time.Unix(c.integer(), 0).UTC()
@@ -64,8 +59,7 @@ func (c *cursor) time() time.Time {
 
 // bytes returns nil for NULL alone.
 func (c *cursor) bytes() []byte {
-	if c.isNull() {
-		c.i++
+	if c.null() {
 		return nil
 	}
 	return append([]byte{}, c.view()...)
