@@ -4,6 +4,7 @@ import (
 	"crypto/hmac"
 	"crypto/sha256"
 	"encoding/hex"
+	"iter"
 	"net/http"
 	"slices"
 	"strings"
@@ -45,7 +46,7 @@ func SignV3(req *http.Request, body []byte, cred Credential, now time.Time, nonc
 		scheme:  ACS3,
 		method:  req.Method,
 		query:   query,
-		headers: headersToSign(req, req.Header.Get(headerType) != ""),
+		headers: slices.Sorted(headersToSign(req.Header, req.Header.Get(headerType) != "")),
 		body:    body,
 	}
 	if c.values, err = headerValues(req, c.headers); err != nil {
@@ -74,8 +75,10 @@ func readHeader(r *http.Request, body []byte, scheme Scheme, fields string) (*me
 	if c.values, err = headerValues(r, c.headers); err != nil {
 		return nil, err
 	}
-	if !c.signsAll(r) {
-		return nil, fail(ErrMalformed, "Host, every x-acs- header and the Content-Type of a body must be signed")
+	for name := range headersToSign(r.Header, len(body) > 0) {
+		if _, ok := slices.BinarySearch(c.headers, name); !ok {
+			return nil, fail(ErrMalformed, "Host, every x-acs- header and the Content-Type of a body must be signed")
+		}
 	}
 	m := &message{
 		scheme:    scheme,
@@ -147,20 +150,26 @@ func parseAuthorization(fields string) (authorization, error) {
 	return a, nil
 }
 
-// headersToSign are the names, in order, that leave no part of the protocol
-// unsigned: Host, every x-acs- header, and Content-Type if it matters.
-func headersToSign(r *http.Request, contentType bool) []string {
-	names := []string{headerHost}
-	if contentType {
-		names = append(names, headerType)
-	}
-	for name := range r.Header {
-		if name = strings.ToLower(name); strings.HasPrefix(name, headerPrefix) {
-			names = append(names, name)
+// headersToSign are the names that leave no part of the protocol unsigned: Host,
+// every x-acs- header, and Content-Type if it matters.
+func headersToSign(h http.Header, contentType bool) iter.Seq[string] {
+	return func(yield func(string) bool) {
+		if !yield(headerHost) || contentType && !yield(headerType) {
+			return
+		}
+		for name := range h {
+			if len(name) < len(headerPrefix) || !strings.EqualFold(name[:len(headerPrefix)], headerPrefix) {
+				continue
+			}
+			lower, known := lowers[name]
+			if !known {
+				lower = strings.ToLower(name)
+			}
+			if !yield(lower) {
+				return
+			}
 		}
 	}
-	slices.Sort(names)
-	return names
 }
 
 // headerValues are the values of the named headers, each of which must be
@@ -195,31 +204,6 @@ type canonical struct {
 	headers []string // names in order
 	values  []string // of headers
 	body    []byte
-}
-
-// signsAll reports whether no part of the protocol is unsigned: what
-// headersToSign are, of a request as it came.
-func (c *canonical) signsAll(r *http.Request) bool {
-	signs := func(name string) bool {
-		_, ok := slices.BinarySearch(c.headers, name)
-		return ok
-	}
-	if !signs(headerHost) || len(c.body) > 0 && !signs(headerType) {
-		return false
-	}
-	for name := range r.Header {
-		if len(name) < len(headerPrefix) || !strings.EqualFold(name[:len(headerPrefix)], headerPrefix) {
-			continue
-		}
-		lower, known := lowers[name]
-		if !known {
-			lower = strings.ToLower(name)
-		}
-		if !signs(lower) {
-			return false
-		}
-	}
-	return true
 }
 
 // header is the value of a signed header, "" if it is not signed.
