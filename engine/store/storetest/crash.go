@@ -115,7 +115,7 @@ func reportKey(ctx context.Context, s store.Store, n int, say func(string, ...an
 func CheckReport(t *testing.T, s store.Store, report []byte) {
 	t.Helper()
 	last := map[int]map[string]int{} // by key number: the last number said of each word
-	lines := bufio.NewScanner(bytes.NewReader(report[:bytes.LastIndexByte(report, '\n')+1]))
+	lines := bufio.NewScanner(bytes.NewReader(wholeLines(report)))
 	for lines.Scan() {
 		var word string
 		var n, m int

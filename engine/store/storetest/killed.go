@@ -88,12 +88,12 @@ func RunKilled(t *testing.T, database string, open func(t *testing.T) store.Stor
 		_, err = io.Copy(&report, out)
 		require.NoError(t, err)
 		require.ErrorContains(t, cmd.Wait(), "killed")
-		whole := WholeLines(report.Bytes())
+		whole := wholeLines(report.Bytes())
 		check(whole)
 		reports = append(reports, whole...)
 	}
 	check(reports)
 }
 
-// WholeLines is a report without its last line, if that has no end.
-func WholeLines(report []byte) []byte { return report[:bytes.LastIndexByte(report, '\n')+1] }
+// wholeLines is a report without its last line, if that has no end.
+func wholeLines(report []byte) []byte { return report[:bytes.LastIndexByte(report, '\n')+1] }
