@@ -96,9 +96,6 @@ func Migrate(ctx context.Context, cfg Config) (from, to int64, err error) {
 	// only ctx bounds it.
 	db := stdlib.OpenDB(*poolConfig.ConnConfig)
 	defer func() { err = errors.Join(err, db.Close()) }()
-	if err := db.PingContext(ctx); err != nil {
-		return 0, 0, outcome(ctx, err)
-	}
 	var version string
 	if err := db.QueryRowContext(ctx, `SELECT version()`).Scan(&version); err != nil {
 		return 0, 0, outcome(ctx, err)
