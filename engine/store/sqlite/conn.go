@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"errors"
 	"fmt"
 	"strconv"
@@ -156,7 +155,7 @@ func (c *conn) statement(text string) (*statement, error) {
 func (s *statement) close() { lite.Xsqlite3_finalize(s.c.tls, s.p) } // its error is that of the last run
 
 // exec runs q and returns how many rows it changed.
-func (c *conn) exec(q *query, args ...driver.Value) (changed int64, err error) {
+func (c *conn) exec(q *query, args ...any) (changed int64, err error) {
 	s, err := c.prepare(q)
 	if err != nil {
 		return 0, err
@@ -169,7 +168,7 @@ func (c *conn) exec(q *query, args ...driver.Value) (changed int64, err error) {
 
 // one runs q and gives its first row to scan, which copies what it keeps of
 // it. It returns false if there is no row.
-func (c *conn) one(q *query, scan func(*cursor), args ...driver.Value) (found bool, err error) {
+func (c *conn) one(q *query, scan func(*cursor), args ...any) (found bool, err error) {
 	s, err := c.prepare(q)
 	if err != nil {
 		return false, err
@@ -178,7 +177,7 @@ func (c *conn) one(q *query, scan func(*cursor), args ...driver.Value) (found bo
 }
 
 // all runs q and gives every row of it to scan.
-func (c *conn) all(q *query, scan func(*cursor), args ...driver.Value) error {
+func (c *conn) all(q *query, scan func(*cursor), args ...any) error {
 	s, err := c.prepare(q)
 	if err != nil {
 		return err
@@ -190,7 +189,7 @@ func (c *conn) all(q *query, scan func(*cursor), args ...driver.Value) error {
 // run gives the first limit rows of s to scan, all of them if limit is
 // negative, and reports whether there was any. scan must not run another
 // statement.
-func (c *conn) run(s *statement, limit int, scan func(*cursor), args []driver.Value) (found bool, err error) {
+func (c *conn) run(s *statement, limit int, scan func(*cursor), args []any) (found bool, err error) {
 	if c.busy {
 		return false, errors.New("sqlite: a statement is under way on the connection")
 	}
@@ -218,7 +217,7 @@ func (c *conn) run(s *statement, limit int, scan func(*cursor), args []driver.Va
 
 // bind gives the statement its arguments: nil, int64, string or []byte, of which
 // a nil one is NULL, so that NOT NULL refuses what was left out.
-func (s *statement) bind(args []driver.Value) error {
+func (s *statement) bind(args []any) error {
 	need := 0
 	for _, arg := range args {
 		switch v := arg.(type) {

@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"fmt"
 	"time"
 
@@ -50,8 +49,8 @@ func updateText(set, where string) string {
 }
 
 // keyValues are the values of a row of table cmk: keyColumns and due_at.
-func keyValues(k *store.Key) []driver.Value {
-	return []driver.Value{
+func keyValues(k *store.Key) []any {
+	return []any{
 		k.KeyID, k.KeyVersionID, k.Revision, k.Spec, k.State, k.Description,
 		seconds(k.CreatedAt), seconds(k.DeleteAt), k.KCV, k.MaterialID, k.CheckValueAlgorithm, k.CheckValue,
 		k.Material, seconds(k.ExpireAt), k.WrappingAlgorithm, k.PairID, k.PairFingerprint, k.Custody, k.Receipt, k.MAC,

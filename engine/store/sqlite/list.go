@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"encoding/json"
 	"fmt"
 	"slices"
@@ -97,7 +96,7 @@ func listGroups(c *conn, groups []group, offset, limit int, scan func(*cursor)) 
 		return err
 	}
 	defer s.close()
-	args := []driver.Value{int64(limit), int64(offset)}
+	args := []any{int64(limit), int64(offset)}
 	for _, g := range groups {
 		args = append(args, g.state, g.spec)
 	}

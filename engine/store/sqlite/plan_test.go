@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"path/filepath"
 	"regexp"
 	"testing"
@@ -17,7 +16,7 @@ func plan(t *testing.T, s *Store, text string) (steps []string) {
 		st, err := c.statement(`EXPLAIN QUERY PLAN ` + text)
 		require.NoError(t, err)
 		defer st.close()
-		args := make([]driver.Value, 21) // as many as any statement has
+		args := make([]any, 21) // as many as any statement has
 		n := 0
 		for _, m := range regexp.MustCompile(`\$(\d+)`).FindAllStringSubmatch(text, -1) {
 			var i int

@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"errors"
 	"sync"
 	"time"
@@ -85,7 +84,7 @@ func (r *readers) drain(n int) error {
 }
 
 // rowsOf asks one question and reads every row of the answer.
-func rowsOf[T any](ctx context.Context, s *Store, scan func(*cursor) T, q *query, args ...driver.Value) (list []T, err error) {
+func rowsOf[T any](ctx context.Context, s *Store, scan func(*cursor) T, q *query, args ...any) (list []T, err error) {
 	err = s.read(ctx, func(c *conn) error {
 		return c.all(q, func(row *cursor) { list = append(list, scan(row)) }, args...)
 	})

@@ -2,7 +2,6 @@ package sqlite
 
 import (
 	"context"
-	"database/sql/driver"
 	"fmt"
 
 	"github.com/keyferry/keyferry/engine/store"
@@ -90,7 +89,7 @@ func (s *Store) LogReceipts(ctx context.Context, from int64, limit int) ([]store
 	return s.receipts(ctx, logReceiptsQuery, from, int64(max(limit, 0)))
 }
 
-func (s *Store) receipts(ctx context.Context, q *query, args ...driver.Value) ([]store.Receipt, error) {
+func (s *Store) receipts(ctx context.Context, q *query, args ...any) ([]store.Receipt, error) {
 	return rowsOf(ctx, s, (*cursor).receipt, q, args...)
 }
 

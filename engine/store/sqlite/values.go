@@ -1,7 +1,6 @@
 package sqlite
 
 import (
-	"database/sql/driver"
 	"time"
 
 	"modernc.org/libc"
@@ -9,7 +8,7 @@ import (
 )
 
 // seconds is t as stored: whole seconds since 1970, NULL for the zero time.
-func seconds(t time.Time) driver.Value {
+func seconds(t time.Time) any {
 	if t.IsZero() {
 		return nil
 	}
