@@ -14,6 +14,7 @@ import (
 
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/engine/store/sqlite"
+	"github.com/keyferry/keyferry/engine/store/storetest"
 )
 
 // inFiles counts the secrets of which either half occurs in the database file
@@ -69,7 +70,7 @@ func TestErased(t *testing.T) {
 			for i := range keys {
 				secrets[i] = make([]byte, 96)
 				_, _ = rand.Read(secrets[i])
-				key := benchKey(i)
+				key := storetest.BenchKey(i)
 				key.State, key.Material = "PendingImport", nil
 				require.NoError(t, s.CreateKey(t.Context(), key))
 				key.Revision, key.State, key.Material = 2, "Enabled", secrets[i]
@@ -93,7 +94,7 @@ func TestErasedLater(t *testing.T) {
 	path := newPath(t)
 	s, err := sqlite.Open(t.Context(), sqlite.Config{Path: path, BusyTimeout: time.Hour})
 	require.NoError(t, err)
-	key := benchKey(1)
+	key := storetest.BenchKey(1)
 	key.Material = make([]byte, 96)
 	_, _ = rand.Read(key.Material)
 	require.NoError(t, s.CreateKey(t.Context(), key))

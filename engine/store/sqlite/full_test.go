@@ -28,7 +28,7 @@ func fillUp(ctx context.Context, s *sqlite.Store) (created []int, err error) {
 	for caller := range 8 {
 		wg.Go(func() {
 			for n := caller; ; n += 8 {
-				e := s.CreateKey(ctx, benchKey(n))
+				e := s.CreateKey(ctx, storetest.BenchKey(n))
 				mu.Lock()
 				switch {
 				case e == nil:
@@ -51,7 +51,7 @@ func fillUp(ctx context.Context, s *sqlite.Store) (created []int, err error) {
 // nothing else.
 func checkFull(ctx context.Context, s *sqlite.Store, created []int) error {
 	for _, n := range created {
-		if _, err := s.Key(ctx, benchKey(n).KeyID); err != nil {
+		if _, err := s.Key(ctx, storetest.BenchKey(n).KeyID); err != nil {
 			return fmt.Errorf("key %d was acknowledged: %w", n, err)
 		}
 	}
@@ -75,10 +75,10 @@ func TestFull(t *testing.T) {
 
 	// What needs no room works, and makes room.
 	for _, n := range created[:50] {
-		require.NoError(t, s.DeleteKey(t.Context(), store.Deletion{KeyID: benchKey(n).KeyID, Revision: 1}))
+		require.NoError(t, s.DeleteKey(t.Context(), store.Deletion{KeyID: storetest.BenchKey(n).KeyID, Revision: 1}))
 	}
 	for _, n := range created[:20] {
-		require.NoError(t, s.CreateKey(t.Context(), benchKey(n)))
+		require.NoError(t, s.CreateKey(t.Context(), storetest.BenchKey(n)))
 	}
 	require.NoError(t, s.Close())
 	info, err := os.Stat(path)
@@ -89,7 +89,7 @@ func TestFull(t *testing.T) {
 	s = open(t, path) // no bound any more
 	require.NoError(t, checkFull(t.Context(), s, append(created[50:], created[:20]...)))
 	for n := range 100 {
-		require.NoError(t, s.CreateKey(t.Context(), benchKey(1_000_000+n)))
+		require.NoError(t, s.CreateKey(t.Context(), storetest.BenchKey(1_000_000+n)))
 	}
 	require.NoError(t, s.Close())
 }
@@ -143,7 +143,7 @@ func fullChild(path string) error {
 	// What is too large for the last bytes of the disk may have been several
 	// writes together, so one by one a few more may fit.
 	for n := 1_000_000; ; n++ {
-		err := s.CreateKey(ctx, benchKey(n))
+		err := s.CreateKey(ctx, storetest.BenchKey(n))
 		if errors.Is(err, store.ErrUnavailable) {
 			break
 		}
@@ -160,7 +160,7 @@ func fullChild(path string) error {
 		return err
 	}
 	for n := 2_000_000; n < 2_000_100; n++ {
-		if err := s.CreateKey(ctx, benchKey(n)); err != nil {
+		if err := s.CreateKey(ctx, storetest.BenchKey(n)); err != nil {
 			return err
 		}
 		created = append(created, n)

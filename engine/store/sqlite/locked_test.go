@@ -10,6 +10,7 @@ import (
 
 	"github.com/keyferry/keyferry/engine/store"
 	"github.com/keyferry/keyferry/engine/store/sqlite"
+	"github.com/keyferry/keyferry/engine/store/storetest"
 )
 
 // lock takes SQLite's write lock on a database that a Store has open, as a
@@ -34,7 +35,7 @@ func TestLocked(t *testing.T) {
 	path := newPath(t)
 	s, err := sqlite.Open(t.Context(), sqlite.Config{Path: path, BusyTimeout: 30 * time.Millisecond})
 	require.NoError(t, err)
-	key := benchKey(1)
+	key := storetest.BenchKey(1)
 	require.NoError(t, s.CreateKey(t.Context(), key))
 
 	release := lock(t, path)
@@ -47,7 +48,7 @@ func TestLocked(t *testing.T) {
 	require.GreaterOrEqual(t, time.Since(began), 30*time.Millisecond, "it is given a chance")
 	errs := make(chan error)
 	for i := range 20 {
-		go func() { errs <- s.CreateKey(t.Context(), benchKey(100+i)) }()
+		go func() { errs <- s.CreateKey(t.Context(), storetest.BenchKey(100+i)) }()
 	}
 	for range 20 {
 		require.ErrorIs(t, <-errs, store.ErrUnavailable)
@@ -71,17 +72,17 @@ func TestWaitGivenUp(t *testing.T) {
 	path := newPath(t)
 	s, err := sqlite.Open(t.Context(), sqlite.Config{Path: path, BusyTimeout: time.Hour})
 	require.NoError(t, err)
-	key := benchKey(1)
+	key := storetest.BenchKey(1)
 	require.NoError(t, s.CreateKey(t.Context(), key))
 
 	release := lock(t, path)
 	ctx, cancel := context.WithCancel(t.Context())
-	next := benchKey(1)
+	next := storetest.BenchKey(1)
 	next.Revision = 2
 	failed := make(chan error)
 	go func() { failed <- s.UpdateKey(ctx, store.Update{Key: next}) }()
 	patient := make(chan error)
-	go func() { patient <- s.CreateKey(t.Context(), benchKey(2)) }()
+	go func() { patient <- s.CreateKey(t.Context(), storetest.BenchKey(2)) }()
 	cancel()
 	require.ErrorIs(t, <-failed, context.Canceled)
 	clear(next.Material)

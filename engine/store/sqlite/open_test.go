@@ -144,7 +144,7 @@ func TestOneStorePerFile(t *testing.T) {
 	require.ErrorContains(t, cmd.Run(), "exit status 1", "another process")
 	require.Contains(t, stderr.String(), path+" is in use")
 
-	require.NoError(t, s.CreateKey(t.Context(), benchKey(1)), "the first is not disturbed")
+	require.NoError(t, s.CreateKey(t.Context(), storetest.BenchKey(1)), "the first is not disturbed")
 	require.NoError(t, s.Close())
 	require.NoError(t, storetest.Child(t, "open", link).Run())
 	require.NoError(t, open(t, path).Close())
@@ -155,7 +155,7 @@ func TestOddPaths(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			path := filepath.Join(t.TempDir(), name)
 			s := open(t, path)
-			require.NoError(t, s.CreateKey(t.Context(), benchKey(1)))
+			require.NoError(t, s.CreateKey(t.Context(), storetest.BenchKey(1)))
 			require.NoError(t, s.Close())
 			info, err := os.Stat(path)
 			require.NoError(t, err)
@@ -177,7 +177,7 @@ func TestFilesArePrivate(t *testing.T) {
 			require.NoError(t, os.WriteFile(path, nil, before))
 		}
 		s := open(t, path)
-		require.NoError(t, s.CreateKey(t.Context(), benchKey(1)))
+		require.NoError(t, s.CreateKey(t.Context(), storetest.BenchKey(1)))
 		files, err := filepath.Glob(path + "*")
 		require.NoError(t, err)
 		require.Len(t, files, 4, "database, log, shared memory, lock: %s", strings.Join(files, " "))
@@ -218,7 +218,7 @@ func TestFirstOpenCutShort(t *testing.T) {
 		require.ErrorContains(t, err, "full")
 		require.ErrorContains(t, err, path)
 		s = open(t, path)
-		require.NoError(t, s.CreateKey(t.Context(), benchKey(1)))
+		require.NoError(t, s.CreateKey(t.Context(), storetest.BenchKey(1)))
 		require.NoError(t, s.Close())
 		requireSound(t, path)
 	}

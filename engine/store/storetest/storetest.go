@@ -3,7 +3,7 @@
 // An implementation's tests call Run with a function that opens a new, empty
 // store, and RunReopened with one that opens the same database again and
 // again. Report and CheckReport are the two halves of a test that kills a
-// process while it writes.
+// process while it writes. RunBenchmarks measures one.
 package storetest
 
 import (
