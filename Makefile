@@ -77,7 +77,7 @@ soak: deps ## load a server with everything at once for KEYFERRY_SOAK (30m) and 
 bench: deps ## measure the engine, the token and the store beside bare calls
 	$(GO) test -run '^$$' -bench . -benchtime 4s -timeout 30m ./engine
 	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/store/...
-	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/acs
+	$(GO) test -run '^$$' -bench . -timeout 30m ./engine/acs ./engine/kmsapi
 	$(GO) test -run '^$$' -bench . -benchtime 10x -timeout 30m ./cmd/keyferryd
 
 .PHONY: bench-crowd
