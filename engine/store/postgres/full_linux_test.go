@@ -78,17 +78,14 @@ func TestFull(t *testing.T) {
 	server := sharedServer(t)
 	dir, grow := newDisk(t, 24)
 	require.NoError(t, server.Own(dir))
-	const name = "test_full"
-	require.NoError(t, server.Exec(t.Context(), "postgres", `CREATE TABLESPACE `+name+` LOCATION '`+dir+`'`))
-	_, err := server.Database(t.Context()) // the template is there then
+	require.NoError(t, server.Exec(t.Context(), "postgres", `CREATE TABLESPACE test_full LOCATION '`+dir+`'`))
+	name, err := server.Database(t.Context())
 	require.NoError(t, err)
-	require.NoError(t, server.Exec(t.Context(), "postgres", `CREATE DATABASE `+name+` TEMPLATE `+pgtest.Template+` TABLESPACE `+name))
+	require.NoError(t, server.Exec(t.Context(), "postgres", `ALTER DATABASE `+name+` SET TABLESPACE test_full`))
 	defer func() {
 		require.NoError(t, server.Exec(t.Context(), "postgres", `DROP DATABASE `+name))
-		require.NoError(t, server.Exec(t.Context(), "postgres", `DROP TABLESPACE `+name))
+		require.NoError(t, server.Exec(t.Context(), "postgres", `DROP TABLESPACE test_full`))
 	}()
-	// The copy has its room only when it is written.
-	require.NoError(t, server.Exec(t.Context(), "postgres", `CHECKPOINT`))
 	s := open(t, server.DSN(name))
 	defer func() { require.NoError(t, s.Close()) }()
 	created := fillUp(t, s)

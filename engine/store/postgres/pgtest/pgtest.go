@@ -228,15 +228,15 @@ func (s *Server) DSN(database string) string {
 	return "host=" + s.dir + " user=keyferry dbname=" + database
 }
 
-// Template is the database that Database copies: to migrate each of them would
-// take twice as long. It is there after the first.
-const Template = "keyferry_template"
+// template is the database that Database copies: to migrate each of them would
+// take twice as long.
+const template = "keyferry_template"
 
 func (s *Server) makeTemplate(ctx context.Context) error {
-	if err := s.Exec(ctx, "postgres", `CREATE DATABASE `+Template+` TEMPLATE template0`); err != nil {
+	if err := s.Exec(ctx, "postgres", `CREATE DATABASE `+template+` TEMPLATE template0`); err != nil {
 		return err
 	}
-	_, _, err := postgres.Migrate(ctx, postgres.Config{DSN: s.DSN(Template)})
+	_, _, err := postgres.Migrate(ctx, postgres.Config{DSN: s.DSN(template)})
 	return err
 }
 
@@ -254,7 +254,7 @@ func (s *Server) Database(ctx context.Context) (string, error) {
 	s.mu.Unlock()
 	if name == "" {
 		var err error
-		if name, err = s.create(ctx, Template); err != nil {
+		if name, err = s.create(ctx, template); err != nil {
 			return "", err
 		}
 	}
