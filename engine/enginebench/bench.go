@@ -224,17 +224,7 @@ func (b *Bench) route(ctx context.Context, offer engine.WrappingOffer) (*route, 
 		n = min(n, 100)
 	}
 	r := &route{offer: offer, imports: make([]engine.ImportInput, n), pairs: make([]hsm.PairID, n)}
-	err := each(n, func(i int) (err error) {
-		if r.imports[i], err = b.customer(ctx, r, b.keys[i].id, b.keys[i].material); err != nil {
-			return err
-		}
-		if _, err = b.engine.ImportKeyMaterial(ctx, r.imports[i]); err != nil {
-			return err
-		}
-		row, err := b.store.Key(ctx, b.keys[i].id)
-		copy(r.pairs[i][:], row.PairID)
-		return err
-	})
+	err := each(n, func(i int) error { return b.importBy(ctx, r, i, b.keys[i].id, b.keys[i].material) })
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", offer, err)
 	}
@@ -242,17 +232,30 @@ func (b *Bench) route(ctx context.Context, offer engine.WrappingOffer) (*route, 
 	return r, b.poolFilled(ctx, 1, b.offers)
 }
 
+// importBy makes import i of a route.
+func (b *Bench) importBy(ctx context.Context, r *route, i int, keyID string, material []byte) (err error) {
+	if r.imports[i], err = customer(ctx, b.engine, r.offer, keyID, material); err != nil {
+		return err
+	}
+	if _, err = b.engine.ImportKeyMaterial(ctx, r.imports[i]); err != nil {
+		return err
+	}
+	row, err := b.store.Key(ctx, keyID)
+	copy(r.pairs[i][:], row.PairID)
+	return err
+}
+
 // customer asks for parameters and wraps material under them.
-func (b *Bench) customer(ctx context.Context, r *route, keyID string, material []byte) (in engine.ImportInput, err error) {
-	params, err := b.engine.GetParametersForImport(ctx, keyID, r.offer.Spec, r.offer.Algorithm)
+func customer(ctx context.Context, e *engine.Engine, offer engine.WrappingOffer, keyID string, material []byte) (in engine.ImportInput, err error) {
+	params, err := e.GetParametersForImport(ctx, keyID, offer.Spec, offer.Algorithm)
 	if err != nil {
 		return in, err
 	}
 	in = engine.ImportInput{KeyID: keyID, ImportToken: params.ImportToken}
-	if in.EncryptedKeyMaterial, err = byok.Wrap(string(r.offer.Algorithm), params.PublicKey, material); err != nil {
+	if in.EncryptedKeyMaterial, err = byok.Wrap(string(offer.Algorithm), params.PublicKey, material); err != nil {
 		return in, err
 	}
-	if r.offer.Algorithm == hsm.PKCS1v15 { // which some tokens ask for
+	if offer.Algorithm == hsm.PKCS1v15 { // which some tokens ask for
 		id, err := byok.MaterialID(keyID, material)
 		if err != nil {
 			return in, err
@@ -260,13 +263,4 @@ func (b *Bench) customer(ctx context.Context, r *route, keyID string, material [
 		in.ExpectMaterialID = id[:]
 	}
 	return in, nil
-}
-
-// session is a bare caller's. It is closed with the Comparison.
-func (b *Bench) session(ctx context.Context, c *Comparison) (*hsm.Bare, error) {
-	s, err := b.token.Bare(ctx)
-	if err == nil {
-		c.close = append(c.close, s.Close)
-	}
-	return s, err
 }

@@ -8,6 +8,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/keyferry/keyferry/hsm"
 )
 
 // maxSlice is how long one load runs before the next has its turn. Callers
@@ -15,10 +17,13 @@ import (
 // is the time of one step.
 const maxSlice = 250 * time.Millisecond
 
+// step is what a caller does over and over.
+type step = func(context.Context) error
+
 // load is one of the things that are compared.
 type load struct {
 	name  string
-	steps []func(context.Context) error // one for each caller, who does it over and over
+	steps []step // one for each caller
 	tally tally
 }
 
@@ -37,17 +42,37 @@ type Comparison struct {
 }
 
 // add adds a load by what makes the step of a caller, who is from 0.
-func (c *Comparison) add(name string, step func(caller int) (func(context.Context) error, error)) error {
+func (c *Comparison) add(name string, newStep func(caller int) step) {
 	l := &load{name: name}
 	for i := range c.callers {
-		s, err := step(i)
+		l.steps = append(l.steps, newStep(i))
+	}
+	c.loads = append(c.loads, l)
+}
+
+// addBare adds a load of bare callers, each on a session of its own, which is
+// closed with the Comparison.
+func (c *Comparison) addBare(ctx context.Context, token *hsm.Token, name string, newStep func(s *hsm.Bare) step) error {
+	l := &load{name: name}
+	for range c.callers {
+		s, err := token.Bare(ctx)
 		if err != nil {
 			return err
 		}
-		l.steps = append(l.steps, s)
+		c.close = append(c.close, s.Close)
+		l.steps = append(l.steps, newStep(s))
 	}
 	c.loads = append(c.loads, l)
 	return nil
+}
+
+// tallies are those of the loads, by name.
+func (c *Comparison) tallies() map[string]*tally {
+	by := make(map[string]*tally, len(c.loads))
+	for _, l := range c.loads {
+		by[l.name] = &l.tally
+	}
+	return by
 }
 
 // Round gives every load one slice.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	mathrand "math/rand/v2"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -58,8 +59,8 @@ func crowdID(what string, i int) string {
 	return id.String()
 }
 
-// Material is that of CMK i, once it was loaded by this Crowd.
-func (c *Crowd) Material(i int) []byte { return c.materials[i%templates] }
+// material is that of CMK i, once it was loaded by this Crowd.
+func (c *Crowd) material(i int) []byte { return c.materials[i%templates] }
 
 // Load fills an empty store. progress, if it is not nil, is told how many CMKs
 // there are, now and then.
@@ -83,7 +84,7 @@ func (c *Crowd) Load(ctx context.Context, progress func(n int)) (err error) {
 		case i%4 == 0:
 			row.ExpireAt = start.AddDate(10, 0, i%1000)
 		}
-		id, err := byok.MaterialID(row.KeyID, c.Material(i))
+		id, err := byok.MaterialID(row.KeyID, c.material(i))
 		if err != nil {
 			return err
 		}
@@ -105,7 +106,7 @@ func (c *Crowd) Load(ctx context.Context, progress func(n int)) (err error) {
 
 // imported imports the templates and takes them out of the store again.
 func (c *Crowd) imported(ctx context.Context) (rows [templates]store.Key, err error) {
-	e, err := c.Engine(ctx, engine.Config{})
+	e, err := c.open(ctx, engine.Config{})
 	if err != nil {
 		return rows, err
 	}
@@ -117,7 +118,7 @@ func (c *Crowd) imported(ctx context.Context) (rows [templates]store.Key, err er
 		if err != nil {
 			return rows, err
 		}
-		in, err := customer(ctx, e, key.KeyID, c.materials[i])
+		in, err := customer(ctx, e, e.Algorithms()[0], key.KeyID, c.materials[i])
 		if err != nil {
 			return rows, err
 		}
@@ -134,28 +135,17 @@ func (c *Crowd) imported(ctx context.Context) (rows [templates]store.Key, err er
 	return rows, nil
 }
 
-// customer is what the customer of a CMK does before an import.
-func customer(ctx context.Context, e *engine.Engine, keyID string, material []byte) (in engine.ImportInput, err error) {
-	offer := e.Algorithms()[0]
-	params, err := e.GetParametersForImport(ctx, keyID, offer.Spec, offer.Algorithm)
-	if err != nil {
-		return in, err
-	}
-	wrapped, err := byok.Wrap(string(offer.Algorithm), params.PublicKey, material)
-	return engine.ImportInput{KeyID: keyID, ImportToken: params.ImportToken, EncryptedKeyMaterial: wrapped}, err
-}
-
-// Engine opens an engine on the store, which sweeps only when it is told to.
-func (c *Crowd) Engine(ctx context.Context, cfg engine.Config) (*engine.Engine, error) {
+// open opens an engine on the store, which sweeps only when it is told to.
+func (c *Crowd) open(ctx context.Context, cfg engine.Config) (*engine.Engine, error) {
 	cfg.Token, cfg.Store = c.Token, c.Store
 	cfg.PoolSize, cfg.PairBound, cfg.PairSpecs = 1, pairs, []hsm.PairSpec{hsm.RSA2048}
 	cfg.ManualSweep = true
 	return engine.New(ctx, cfg)
 }
 
-// Sample is CMKs from all over the store, none of which expires, the same ones
+// sample is CMKs from all over the store, none of which expires, the same ones
 // whenever it is asked for.
-func (c *Crowd) Sample(n int) []int {
+func (c *Crowd) sample(n int) []int {
 	random := mathrand.New(mathrand.NewPCG(uint64(c.N), 0)) //nolint:gosec // the same ones each time
 	list := make([]int, min(n, c.N-c.Expiring))
 	if len(list) == c.N-c.Expiring {
@@ -191,39 +181,27 @@ func CompareCrowds(ctx context.Context, few, many *Crowd, callers int) (comparis
 			err = errors.Join(err, end())
 		}
 	}()
-	row := func(c *Comparison) []Metric {
-		a, b := &c.loads[0].tally, &c.loads[1].tally
-		return []Metric{
-			{fmt.Sprintf("%s/s", c.loads[0].name), a.perSecond()},
-			{fmt.Sprintf("%s/s", c.loads[1].name), b.perSecond()},
-			{"time-ratio", a.perSecond() / b.perSecond()},
-			{"few-cpu-µs", a.cpu()},
-			{"many-cpu-µs", b.cpu()},
-			{"cpu-ratio", b.cpu() / a.cpu()},
-			{"few-p99-µs", a.percentile(99)},
-			{"many-p99-µs", b.percentile(99)},
-		}
-	}
+	row := func(c *Comparison) []Metric { return crowds(few, many, &c.loads[0].tally, &c.loads[1].tally) }
 	kinds := []string{"encrypt, hit", "encrypt, miss", "describe", "describe, anywhere", "import"}
 	for _, kind := range kinds {
 		comparisons = append(comparisons, &Comparison{name: kind, callers: callers, row: row})
 	}
 	for _, crowd := range []*Crowd{few, many} {
-		large, err := crowd.Engine(ctx, engine.Config{})
+		large, err := crowd.open(ctx, engine.Config{})
 		if err != nil {
 			return nil, end, err
 		}
 		engines = append(engines, large)
-		small, err := (&Crowd{Token: crowd.Token, Store: deaf{crowd.Store}}).Engine(ctx, engine.Config{CacheSize: smallCache})
+		small, err := (&Crowd{Token: crowd.Token, Store: deaf{crowd.Store}}).open(ctx, engine.Config{CacheSize: smallCache})
 		if err != nil {
 			return nil, end, err
 		}
 		engines = append(engines, small)
-		chosen := crowd.Sample(sample)
+		chosen := crowd.sample(sample)
 		imports := make([]engine.ImportInput, len(chosen))
 		err = each(len(chosen), func(i int) (err error) {
 			id := crowd.KeyID(chosen[i])
-			if imports[i], err = customer(ctx, large, id, crowd.Material(chosen[i])); err != nil {
+			if imports[i], err = customer(ctx, large, large.Algorithms()[0], id, crowd.material(chosen[i])); err != nil {
 				return err
 			}
 			if _, err = large.ImportKeyMaterial(ctx, imports[i]); err != nil {
@@ -258,19 +236,30 @@ func CompareCrowds(ctx context.Context, few, many *Crowd, callers int) (comparis
 			},
 		}
 		for k, step := range steps {
-			err := comparisons[k].add(fmt.Sprintf("%d", crowd.N), func(caller int) (func(context.Context) error, error) {
+			comparisons[k].add(strconv.Itoa(crowd.N), func(caller int) func(context.Context) error {
 				i := caller
 				return func(ctx context.Context) error {
 					i += callers
 					return step(ctx, i)
-				}, nil
+				}
 			})
-			if err != nil {
-				return nil, end, err
-			}
 		}
 	}
 	return comparisons, end, nil
+}
+
+// crowds are the columns of a comparison of two crowds.
+func crowds(few, many *Crowd, a, b *tally) []Metric {
+	return []Metric{
+		{fmt.Sprintf("%d/s", few.N), a.perSecond()},
+		{fmt.Sprintf("%d/s", many.N), b.perSecond()},
+		{"time-ratio", a.perSecond() / b.perSecond()},
+		{"few-cpu-µs", a.cpu()},
+		{"many-cpu-µs", b.cpu()},
+		{"cpu-ratio", b.cpu() / a.cpu()},
+		{"few-p99-µs", a.percentile(99)},
+		{"many-p99-µs", b.percentile(99)},
+	}
 }
 
 // CompareSweeps has both crowds' material expire, so many CMKs at a time, until
@@ -287,7 +276,7 @@ func CompareSweeps(ctx context.Context, few, many *Crowd, step time.Duration, st
 		}
 	}()
 	for i, crowd := range []*Crowd{few, many} {
-		e, err := crowd.Engine(ctx, engine.Config{Now: func() time.Time { return start.Add(time.Duration(clock.Load())) }})
+		e, err := crowd.open(ctx, engine.Config{Now: func() time.Time { return start.Add(time.Duration(clock.Load())) }})
 		if err != nil {
 			return Row{}, err
 		}
@@ -307,15 +296,5 @@ func CompareSweeps(ctx context.Context, few, many *Crowd, step time.Duration, st
 			}
 		}
 	}
-	a, b := &tallies[0], &tallies[1]
-	return Row{Name: "expiry sweep", Callers: 1, Metrics: []Metric{
-		{fmt.Sprintf("%d/s", few.N), a.perSecond()},
-		{fmt.Sprintf("%d/s", many.N), b.perSecond()},
-		{"time-ratio", a.perSecond() / b.perSecond()},
-		{"few-cpu-µs", a.cpu()},
-		{"many-cpu-µs", b.cpu()},
-		{"cpu-ratio", b.cpu() / a.cpu()},
-		{"few-p99-µs", a.percentile(99)},
-		{"many-p99-µs", b.percentile(99)},
-	}}, nil
+	return Row{Name: "expiry sweep", Callers: 1, Metrics: crowds(few, many, &tallies[0], &tallies[1])}, nil
 }

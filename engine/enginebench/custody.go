@@ -3,7 +3,6 @@ package enginebench
 import (
 	"context"
 	"crypto/rand"
-	"encoding/binary"
 	"errors"
 	"fmt"
 
@@ -38,15 +37,7 @@ func (b *Bench) reside(ctx context.Context) (*route, error) {
 		}
 		material := make([]byte, hsm.AES256.Len())
 		rand.Read(material) // never fails: crypto/rand
-		if r.imports[i], err = b.customer(ctx, r, key.KeyID, material); err != nil {
-			return err
-		}
-		if _, err = b.engine.ImportKeyMaterial(ctx, r.imports[i]); err != nil {
-			return err
-		}
-		row, err := b.store.Key(ctx, key.KeyID)
-		copy(r.pairs[i][:], row.PairID)
-		return err
+		return b.importBy(ctx, r, i, key.KeyID, material)
 	})
 }
 
@@ -64,23 +55,13 @@ func (b *Bench) Custody(ctx context.Context, callers int) (*Comparison, error) {
 		return nil, err
 	}
 	c := &Comparison{name: fmt.Sprintf("import, %s", b.offers[0]), callers: callers, row: custodies}
-	type step = func(context.Context) error
-	err = c.add("bare sealed", func(int) (step, error) {
-		s, err := b.session(ctx, c)
-		return func(context.Context) error {
-			i := b.next(len(sealed.imports))
-			return s.Unwrap(sealed.pairs[i], sealed.imports[i].EncryptedKeyMaterial)
-		}, err
-	})
-	err = errors.Join(err, c.add("sealed", func(caller int) (step, error) { return b.importing(sealed, caller, callers), nil }))
-	err = errors.Join(err, c.add("bare resident", func(int) (step, error) {
-		s, err := b.session(ctx, c)
-		return func(context.Context) error {
-			i := b.next(len(stays.imports))
-			return s.UnwrapResident(stays.pairs[i], Instance, stays.imports[i].EncryptedKeyMaterial)
-		}, err
-	}))
-	err = errors.Join(err, c.add("resident", func(caller int) (step, error) { return b.importing(stays, caller, callers), nil }))
+	err = c.addBare(ctx, b.token, "bare sealed", b.unwrapping(sealed, (*hsm.Bare).Unwrap))
+	c.add("sealed", b.importing(sealed, callers))
+	unwrap := func(s *hsm.Bare, pair hsm.PairID, wrapped []byte) error {
+		return s.UnwrapResident(pair, Instance, wrapped)
+	}
+	err = errors.Join(err, c.addBare(ctx, b.token, "bare resident", b.unwrapping(stays, unwrap)))
+	c.add("resident", b.importing(stays, callers))
 	return c, err
 }
 
@@ -103,34 +84,14 @@ func (b *Bench) CustodyUse(ctx context.Context, callers int) (*Comparison, error
 	if err != nil {
 		return nil, err
 	}
-	plaintext := make([]byte, plaintextLen)
 	c := &Comparison{name: "encrypt 64 bytes", callers: callers, row: custodies}
-	type step = func(context.Context) error
-	bare := func(n int, key func(i int) *hsm.Key) func(int) (step, error) {
-		return func(int) (step, error) {
-			s, err := b.session(ctx, c)
-			var iv [12]byte
-			aad := make([]byte, aadLen)
-			return func(context.Context) error {
-				binary.LittleEndian.PutUint64(iv[:], uint64(b.turn.Load())) // of no secret, and thrown away
-				return s.Encrypt(key(b.next(n)), &iv, plaintext, aad)
-			}, err
-		}
-	}
-	ours := func(n int, keyID func(i int) string) func(int) (step, error) {
-		return func(int) (step, error) {
-			return func(ctx context.Context) error {
-				_, err := b.engine.Encrypt(ctx, keyID(b.next(n)), plaintext, nil)
-				return err
-			}, nil
-		}
-	}
-	return c, errors.Join(
-		c.add("bare sealed", bare(len(b.keys), func(i int) *hsm.Key { return b.keys[i].open })),
-		c.add("sealed", ours(len(b.keys), func(i int) string { return b.keys[i].id })),
-		c.add("bare resident", bare(len(open), func(i int) *hsm.Key { return open[i] })),
-		c.add("resident", ours(len(open), func(i int) string { return stays.imports[i].KeyID })),
-	)
+	err = c.addBare(ctx, b.token, "bare sealed", b.encryptingBare(len(b.keys), b.openKey))
+	c.add("sealed", func(int) step { return b.encrypting(b.engine, len(b.keys), b.keyID) })
+	err = errors.Join(err, c.addBare(ctx, b.token, "bare resident", b.encryptingBare(len(open), func(i int) *hsm.Key { return open[i] })))
+	c.add("resident", func(int) step {
+		return b.encrypting(b.engine, len(open), func(i int) string { return stays.imports[i].KeyID })
+	})
+	return c, err
 }
 
 // openResident opens the material of a CMK for bare calls. Closing it would do
@@ -153,10 +114,7 @@ func (b *Bench) openResident(ctx context.Context, keyID string) (*hsm.Key, error
 // custodies are the columns of a comparison of both custodies: of the bare calls
 // with an object of the session, and with one of the token.
 func custodies(c *Comparison) []Metric {
-	by := map[string]*tally{}
-	for _, l := range c.loads {
-		by[l.name] = &l.tally
-	}
+	by := c.tallies()
 	bareSealed, sealed, bareResident, resident := by["bare sealed"], by["sealed"], by["bare resident"], by["resident"]
 	return []Metric{
 		{"bare-session/s", bareSealed.perSecond()},

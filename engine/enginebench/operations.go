@@ -1,6 +1,7 @@
 package enginebench
 
 import (
+	"cmp"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -31,37 +32,42 @@ func (b *Bench) Import(ctx context.Context, offer engine.WrappingOffer, callers 
 	// As each caller waits for its import, no two import into one CMK at once
 	// unless there are fewer CMKs than callers.
 	callers = min(callers, len(r.imports))
-	c := &Comparison{name: offer.String(), callers: callers, row: against("bare", "calls", "ours")}
-	type step = func(context.Context) error
-	err = c.add("bare", func(int) (step, error) {
-		s, err := b.session(ctx, c)
-		return func(context.Context) error {
-			i := b.next(len(r.imports))
-			return s.Unwrap(r.pairs[i], r.imports[i].EncryptedKeyMaterial)
-		}, err
-	})
-	err = errors.Join(err, c.add("calls", func(int) (step, error) {
-		s, err := b.session(ctx, c)
+	c := &Comparison{name: offer.String(), callers: callers, row: against}
+	err = c.addBare(ctx, b.token, "bare", b.unwrapping(r, (*hsm.Bare).Unwrap))
+	err = errors.Join(err, c.addBare(ctx, b.token, "calls", func(s *hsm.Bare) step {
 		record := make([]byte, rowLen)
 		return func(context.Context) error {
 			i := b.next(len(r.imports))
 			in := &r.imports[i]
 			return errors.Join(s.Import(r.pairs[i], in.EncryptedKeyMaterial, []byte(in.KeyID)), s.MAC(record))
-		}, err
+		}
 	}))
-	err = errors.Join(err, c.add("ours", func(caller int) (step, error) { return b.importing(r, caller, callers), nil }))
+	c.add("ours", b.importing(r, callers))
 	return c, err
 }
 
-// importing is the step of one of so many callers, who go over CMKs of their own.
-func (b *Bench) importing(r *route, caller, callers int) func(context.Context) error {
-	i := caller
-	return func(ctx context.Context) error {
-		_, err := b.engine.ImportKeyMaterial(ctx, r.imports[i])
-		if i += callers; i >= len(r.imports) {
-			i = caller
+// unwrapping makes the step of a bare caller who unwraps what is imported.
+func (b *Bench) unwrapping(r *route, unwrap func(*hsm.Bare, hsm.PairID, []byte) error) func(*hsm.Bare) step {
+	return func(s *hsm.Bare) step {
+		return func(context.Context) error {
+			i := b.next(len(r.imports))
+			return unwrap(s, r.pairs[i], r.imports[i].EncryptedKeyMaterial)
 		}
-		return err
+	}
+}
+
+// importing makes the step of one of so many callers, who go over CMKs of their
+// own.
+func (b *Bench) importing(r *route, callers int) func(caller int) step {
+	return func(caller int) step {
+		i := caller
+		return func(ctx context.Context) error {
+			_, err := b.engine.ImportKeyMaterial(ctx, r.imports[i])
+			if i += callers; i >= len(r.imports) {
+				i = caller
+			}
+			return err
+		}
 	}
 }
 
@@ -86,8 +92,8 @@ func (b *Bench) Onboard(ctx context.Context, callers int) (*Comparison, error) {
 			{"p99-µs", fresh.percentile(99)},
 		}
 	}}
-	err = c.add("reimport", func(caller int) (func(context.Context) error, error) { return b.importing(r, caller, callers), nil })
-	err = errors.Join(err, c.add("onboard", func(int) (func(context.Context) error, error) {
+	c.add("reimport", b.importing(r, callers))
+	c.add("onboard", func(int) step {
 		return func(ctx context.Context) error {
 			made, err := b.engine.CreateKey(ctx, engine.CreateKeyInput{Custody: hsm.Sealed})
 			if err != nil {
@@ -105,9 +111,9 @@ func (b *Bench) Onboard(ctx context.Context, callers int) (*Comparison, error) {
 				KeyID: made.KeyID, EncryptedKeyMaterial: wrapped, ImportToken: params.ImportToken,
 			})
 			return err
-		}, nil
-	}))
-	return c, err
+		}
+	})
+	return c, nil
 }
 
 // wrap wraps material once for each public key.
@@ -127,20 +133,31 @@ func (b *Bench) Encrypt(ctx context.Context, callers int) (*Comparison, error) {
 	if err := b.openAll(ctx); err != nil {
 		return nil, err
 	}
+	return b.use(ctx, "encrypt 64 bytes", callers, b.encryptingBare(len(b.keys), b.openKey), b.encrypting(b.engine, len(b.keys), b.keyID))
+}
+
+func (b *Bench) keyID(i int) string     { return b.keys[i].id }
+func (b *Bench) openKey(i int) *hsm.Key { return b.keys[i].open }
+
+// encrypting is the step of a caller who encrypts 64 bytes under n keys in turn.
+func (b *Bench) encrypting(e *engine.Engine, n int, keyID func(i int) string) step {
 	plaintext := make([]byte, plaintextLen)
-	return b.use(ctx, "encrypt 64 bytes", callers,
-		func(s *hsm.Bare) func(context.Context) error {
-			var iv [12]byte
-			aad := make([]byte, aadLen)
-			return func(context.Context) error {
-				binary.LittleEndian.PutUint64(iv[:], uint64(b.turn.Load())) // of no secret, and thrown away
-				return s.Encrypt(b.keys[b.next(len(b.keys))].open, &iv, plaintext, aad)
-			}
-		},
-		func(ctx context.Context) error {
-			_, err := b.engine.Encrypt(ctx, b.keys[b.next(len(b.keys))].id, plaintext, nil)
-			return err
-		})
+	return func(ctx context.Context) error {
+		_, err := e.Encrypt(ctx, keyID(b.next(n)), plaintext, nil)
+		return err
+	}
+}
+
+// encryptingBare makes the step of a bare caller who does.
+func (b *Bench) encryptingBare(n int, key func(i int) *hsm.Key) func(*hsm.Bare) step {
+	return func(s *hsm.Bare) step {
+		var iv [12]byte
+		plaintext, aad := make([]byte, plaintextLen), make([]byte, aadLen)
+		return func(context.Context) error {
+			binary.LittleEndian.PutUint64(iv[:], uint64(b.turn.Load())) // of no secret, and thrown away
+			return s.Encrypt(key(b.next(n)), &iv, plaintext, aad)
+		}
+	}
 }
 
 // Decrypt compares decryptions of 64 bytes under CMKs that are open.
@@ -157,7 +174,7 @@ func (b *Bench) Decrypt(ctx context.Context, callers int) (*Comparison, error) {
 		return nil, err
 	}
 	return b.use(ctx, "decrypt 64 bytes", callers,
-		func(s *hsm.Bare) func(context.Context) error {
+		func(s *hsm.Bare) step {
 			return func(context.Context) error {
 				k := &b.keys[b.next(len(b.keys))]
 				return s.Decrypt(k.open, k.raw, aad)
@@ -169,18 +186,11 @@ func (b *Bench) Decrypt(ctx context.Context, callers int) (*Comparison, error) {
 		})
 }
 
-func (b *Bench) use(
-	ctx context.Context, name string, callers int, bare func(*hsm.Bare) func(context.Context) error, ours func(context.Context) error,
-) (*Comparison, error) {
-	c := &Comparison{name: name, callers: callers, row: against("bare", "bare", "ours")}
-	err := c.add("bare", func(int) (func(context.Context) error, error) {
-		s, err := b.session(ctx, c)
-		if err != nil {
-			return nil, err
-		}
-		return bare(s), nil
-	})
-	return c, errors.Join(err, c.add("ours", func(int) (func(context.Context) error, error) { return ours, nil }))
+func (b *Bench) use(ctx context.Context, name string, callers int, bare func(*hsm.Bare) step, ours step) (*Comparison, error) {
+	c := &Comparison{name: name, callers: callers, row: against}
+	err := c.addBare(ctx, b.token, "bare", bare)
+	c.add("ours", func(int) step { return ours })
+	return c, err
 }
 
 // openAll opens every key for the bare calls, and in the engine.
@@ -205,7 +215,6 @@ func (b *Bench) Miss(ctx context.Context, callers int) (*Comparison, error) {
 	if len(b.keys) < 4*smallCache {
 		return nil, fmt.Errorf("%d CMKs are too few to miss a cache of %d", len(b.keys), smallCache)
 	}
-	plaintext := make([]byte, plaintextLen)
 	c := &Comparison{name: "encrypt on a hit, on a miss", callers: callers, row: func(c *Comparison) []Metric {
 		open, hit, miss := &c.loads[0].tally, &c.loads[1].tally, &c.loads[2].tally
 		return []Metric{
@@ -221,25 +230,18 @@ func (b *Bench) Miss(ctx context.Context, callers int) (*Comparison, error) {
 			{"miss-p99-µs", miss.percentile(99)},
 		}
 	}}
-	encrypt := func(n int) func(context.Context) error {
-		return func(ctx context.Context) error {
-			_, err := b.small.Encrypt(ctx, b.keys[b.next(n)].id, plaintext, nil)
-			return err
-		}
-	}
 	// The first use ever of a key writes a row.
 	if err := each(len(b.keys), func(i int) error {
-		_, err := b.small.Encrypt(ctx, b.keys[i].id, plaintext, nil)
+		_, err := b.small.Encrypt(ctx, b.keys[i].id, make([]byte, plaintextLen), nil)
 		return err
 	}); err != nil {
 		return nil, err
 	}
-	err := c.add("open", func(int) (func(context.Context) error, error) {
-		s, err := b.session(ctx, c)
-		return func(context.Context) error { return s.Open(b.keys[b.next(len(b.keys))].sealed) }, err
+	err := c.addBare(ctx, b.token, "open", func(s *hsm.Bare) step {
+		return func(context.Context) error { return s.Open(b.keys[b.next(len(b.keys))].sealed) }
 	})
-	err = errors.Join(err, c.add("hit", func(int) (func(context.Context) error, error) { return encrypt(smallCache / 2), nil }))
-	err = errors.Join(err, c.add("miss", func(int) (func(context.Context) error, error) { return encrypt(len(b.keys)), nil }))
+	c.add("hit", func(int) step { return b.encrypting(b.small, smallCache/2, b.keyID) })
+	c.add("miss", func(int) step { return b.encrypting(b.small, len(b.keys), b.keyID) })
 	return c, err
 }
 
@@ -267,10 +269,10 @@ func (b *Bench) Parameters(ctx context.Context, fresh, callers int, d time.Durat
 		}
 	}
 	c := &Comparison{name: "parameters", callers: callers}
-	err := c.add("shared", func(int) (func(context.Context) error, error) {
-		return func(ctx context.Context) error { return b.parameters(ctx, b.engine) }, nil
+	c.add("shared", func(int) step {
+		return func(ctx context.Context) error { return b.parameters(ctx, b.engine) }
 	})
-	if err = errors.Join(err, c.Run(ctx, d)); err != nil {
+	if err := c.Run(ctx, d); err != nil {
 		return nil, err
 	}
 	row := func(name string, callers int, t *tally) Row {
@@ -351,28 +353,23 @@ func (b *Bench) poolFilled(ctx context.Context, size int, offers []engine.Wrappi
 }
 
 // against are the columns of a comparison of ours with bare calls: with the
-// shortest loop, and with the calls that have to be made.
-func against(bare, calls, ours string) func(*Comparison) []Metric {
-	return func(c *Comparison) []Metric {
-		by := map[string]*tally{}
-		for _, l := range c.loads {
-			by[l.name] = &l.tally
-		}
-		b, n, o := by[bare], by[calls], by[ours]
-		row := []Metric{{"bare/s", b.perSecond()}}
-		if calls != bare {
-			row = append(row, Metric{"calls/s", n.perSecond()})
-		}
-		row = append(row, Metric{"ours/s", o.perSecond()}, Metric{"ratio", o.perSecond() / b.perSecond()})
-		if calls != bare {
-			row = append(row, Metric{"ratio-to-calls", o.perSecond() / n.perSecond()})
-		}
-		row = append(row, Metric{"bare-cpu-µs", b.cpu()})
-		if calls != bare {
-			row = append(row, Metric{"calls-cpu-µs", n.cpu()})
-		}
-		return append(row,
-			Metric{"ours-cpu-µs", o.cpu()}, Metric{"extra-cpu-µs", o.cpu() - n.cpu()},
-			Metric{"p50-µs", o.percentile(50)}, Metric{"p99-µs", o.percentile(99)})
+// shortest loop, and with the calls that have to be made, if those are others.
+func against(c *Comparison) []Metric {
+	by := c.tallies()
+	bare, calls, ours := by["bare"], by["calls"], by["ours"]
+	row := []Metric{{"bare/s", bare.perSecond()}}
+	if calls != nil {
+		row = append(row, Metric{"calls/s", calls.perSecond()})
 	}
+	row = append(row, Metric{"ours/s", ours.perSecond()}, Metric{"ratio", ours.perSecond() / bare.perSecond()})
+	if calls != nil {
+		row = append(row, Metric{"ratio-to-calls", ours.perSecond() / calls.perSecond()})
+	}
+	row = append(row, Metric{"bare-cpu-µs", bare.cpu()})
+	if calls != nil {
+		row = append(row, Metric{"calls-cpu-µs", calls.cpu()})
+	}
+	return append(row,
+		Metric{"ours-cpu-µs", ours.cpu()}, Metric{"extra-cpu-µs", ours.cpu() - cmp.Or(calls, bare).cpu()},
+		Metric{"p50-µs", ours.percentile(50)}, Metric{"p99-µs", ours.percentile(99)})
 }
