@@ -345,16 +345,22 @@ func residentSearch(more ...p11.Attr) *p11.Template {
 	}, more)...)
 }
 
+// findResidents makes a search, and sure of one that finds nothing.
+func (c *connection) findResidents(s *p11.Session, more ...p11.Attr) ([]p11.Handle, error) {
+	handles, err := s.FindObjects(residentSearch(more...))
+	if err == nil && len(handles) == 0 {
+		err = c.absent(s)
+	}
+	return handles, err
+}
+
 // Residents lists the resident materials of an instance that are on the token,
 // for whoever destroys those that nobody knows.
 func (t *Token) Residents(ctx context.Context, instance string) ([]ResidentObject, error) {
 	var out []ResidentObject
 	err := t.do(ctx, "list the resident key material", func(c *connection, s *session) error {
 		out = nil
-		handles, err := s.FindObjects(residentSearch(p11.Bool(p11.Encrypt, true)))
-		if err == nil && len(handles) == 0 {
-			err = c.absent(s.Session)
-		}
+		handles, err := c.findResidents(s.Session, p11.Bool(p11.Encrypt, true))
 		if err != nil {
 			return err
 		}
@@ -391,10 +397,7 @@ func (t *Token) DestroyResident(ctx context.Context, instance string, id ObjectI
 // destroyResident destroys every object of that name, and goes on past those
 // that it cannot: a thief may have put one in the way.
 func (c *connection) destroyResident(s *p11.Session, instance string, id ObjectID) error {
-	handles, err := s.FindObjects(residentSearch(p11.Bytes(p11.ID, id[:])))
-	if err == nil && len(handles) == 0 {
-		err = c.absent(s)
-	}
+	handles, err := c.findResidents(s, p11.Bytes(p11.ID, id[:]))
 	if err != nil {
 		return err
 	}
