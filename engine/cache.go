@@ -292,7 +292,7 @@ func (e *Engine) openRow(ctx context.Context, ref keyRef) (*openKey, error) {
 			return k, err
 		}
 	}
-	return nil, &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
+	return nil, errContended()
 }
 
 func (e *Engine) tryOpenRow(ctx context.Context, ref keyRef) (*openKey, error) {

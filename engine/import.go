@@ -83,7 +83,7 @@ func (e *Engine) importMaterial(ctx context.Context, in *ImportInput, a *admitte
 			return err
 		}
 	}
-	return &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
+	return errContended()
 }
 
 // check refuses what is wrong with a request by itself.
@@ -315,7 +315,7 @@ func (e *Engine) commitImport(ctx context.Context, in *ImportInput, a *admitted,
 	if e.store.Shared() {
 		update.Budget = &store.Budget{TokenID: a.token.id, Failures: e.failureBudget}
 	}
-	if err := e.commitUpdate(ctx, row, update, importEntry(in, a, imported)); err != nil {
+	if err := e.commitRow(ctx, row, update, importEntry(in, a, imported)); err != nil {
 		return err
 	}
 	e.endReplaced(ctx, &a.row, &row)

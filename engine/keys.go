@@ -184,6 +184,11 @@ func (e *Engine) DeleteKeyMaterial(ctx context.Context, keyID string) error {
 // changed the row meanwhile.
 const maxConflicts = 16
 
+// errContended: that was often enough.
+func errContended() error {
+	return &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
+}
+
 // change does an operation on a CMK's row: the state as the table says, then
 // edit. Nothing is written if nothing changes.
 func (e *Engine) change(ctx context.Context, keyID string, op operation, edit func(*store.Key)) error {
@@ -210,7 +215,7 @@ func (e *Engine) change(ctx context.Context, keyID string, op operation, edit fu
 		if bytes.Equal(encodeRow(&row), encodeRow(&stored)) {
 			return nil
 		}
-		err = e.commitRow(ctx, row, false, e.deletionEntry(&stored, &row))
+		err = e.commitRow(ctx, row, store.Update{}, e.deletionEntry(&stored, &row))
 		if err == nil {
 			e.endReplaced(ctx, &stored, &row)
 		}
@@ -218,20 +223,16 @@ func (e *Engine) change(ctx context.Context, keyID string, op operation, edit fu
 			return err
 		}
 	}
-	return &Error{Kind: Unavailable, Hint: "the key is being changed by others all the time"}
+	return errContended()
 }
 
 // commitRow writes the next revision of a row, with an entry of the log of
 // receipts if there is one, and then closes what was open of the one before, so
 // that when it returns nobody starts to use that. It returns store.ErrConflict
-// as it is. Other nodes hear of a row that may not be used, and of one that is
-// used for a shorter time than the one before.
-func (e *Engine) commitRow(ctx context.Context, row store.Key, shortened bool, entry *receipt.Entry) error {
-	return e.commitUpdate(ctx, row, store.Update{Stale: shortened}, entry)
-}
-
-// commitUpdate is commitRow with what is to be done beside it.
-func (e *Engine) commitUpdate(ctx context.Context, row store.Key, update store.Update, entry *receipt.Entry) error {
+// as it is. update says what is to be done besides. Other nodes hear of a row
+// that may not be used, and of one that is Stale otherwise, as it is used for a
+// shorter time than the one before.
+func (e *Engine) commitRow(ctx context.Context, row store.Key, update store.Update, entry *receipt.Entry) error {
 	_, refused := opUse.next(KeyState(row.State))
 	row.Revision++
 	update.Stale = update.Stale || refused != nil

@@ -74,11 +74,12 @@ func (e *Engine) watchRoom(ctx context.Context) error {
 		return tokenError(err)
 	}
 	before := e.room.Swap(r)
+	low, wasLow := r.Low(), before != nil && before.Low()
 	switch {
-	case r.Low() && (before == nil || !before.Low()):
+	case low && !wasLow:
 		e.log.LogAttrs(ctx, slog.LevelWarn, "the token is nearly full of key material", slog.Int("objects", r.Objects), slog.Int("limit", r.Limit),
 			slog.Uint64("free_memory", r.Memory.Free), slog.Uint64("memory", r.Memory.Total))
-	case before != nil && before.Low() && !r.Low():
+	case wasLow && !low:
 		e.log.LogAttrs(ctx, slog.LevelInfo, "the token has room for key material again", slog.Int("objects", r.Objects), slog.Int("limit", r.Limit))
 	}
 	return nil

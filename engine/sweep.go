@@ -172,7 +172,7 @@ func (e *Engine) sweepKey(ctx context.Context, stored *store.Key, now time.Time)
 	}
 	row, there := asOf(*stored, now)
 	if there {
-		return e.commitRow(ctx, row, false, e.deletionEntry(stored, &row))
+		return e.commitRow(ctx, row, store.Update{}, e.deletionEntry(stored, &row))
 	}
 	deletion := store.Deletion{KeyID: stored.KeyID, Revision: stored.Revision}
 	if len(stored.MaterialID) > 0 { // what never had any leaves no trace

@@ -208,15 +208,16 @@ func errUsedUp() error {
 	}
 }
 
+// errUsesContended: others replaced the row between each reading and writing.
+func errUsesContended() error {
+	return &Error{Kind: Unavailable, Hint: "the key's uses are being counted by others all the time"}
+}
+
 // reserve adds uses to the count of all nodes, for this one.
 func (c *counter) reserve(ctx context.Context) error {
 	u := c.usage
 	for range maxConflicts {
-		row, _, err := u.read(ctx, c.keyID)
-		if err != nil {
-			return err
-		}
-		uses, err := u.charged(ctx, &row)
+		row, uses, err := c.current(ctx)
 		if err != nil {
 			return err
 		}
@@ -234,7 +235,7 @@ func (c *counter) reserve(ctx context.Context) error {
 			return nil
 		}
 	}
-	return &Error{Kind: Unavailable, Hint: "the key's uses are being counted by others all the time"}
+	return errUsesContended()
 }
 
 // load reads the row of the CMK. One that is not of this kind of counting yet
@@ -245,15 +246,11 @@ func (c *counter) load(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	row, found, err := u.read(ctx, c.keyID)
+	row, uses, err := c.current(ctx)
 	if err != nil {
 		return err
 	}
-	uses, err := u.charged(ctx, &row)
-	if err != nil {
-		return err
-	}
-	if !found || row.Boot == 0 {
+	if row.Boot == 0 { // or there is none
 		stored, err := u.put(ctx, []store.UsageUpdate{{Usage: store.Usage{KeyID: c.keyID, Uses: uses, Boot: boot}, Was: row.Uses}})
 		if err != nil {
 			return err
@@ -282,6 +279,14 @@ func (c *counter) open(ctx context.Context, uses, left, stored uint64) {
 	if first && uses >= c.usage.budget/2 {
 		c.announce(ctx, uses)
 	}
+}
+
+// current returns the row of the CMK, and how many uses it stands for.
+func (c *counter) current(ctx context.Context) (row store.Usage, uses uint64, err error) {
+	if row, _, err = c.usage.read(ctx, c.keyID); err == nil {
+		uses, err = c.usage.charged(ctx, &row)
+	}
+	return row, uses, err
 }
 
 // read returns the row of a CMK, which is ours, or that of one that was never
@@ -389,7 +394,7 @@ func (u *usage) writeAll(ctx context.Context, counters []*counter) error {
 			return nil
 		}
 	}
-	return &Error{Kind: Unavailable, Hint: "the key's uses are being counted by others all the time"}
+	return errUsesContended()
 }
 
 // settle says what the row should say now. Of what was reserved nothing is left
